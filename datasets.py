@@ -1,0 +1,284 @@
+"""The data set that training and evaluation read, and the augmentation of its images.
+
+Zoom-out, crop, flip and warp are one window of the source image: four numbers in its pixels, which
+may reach beyond its border. The dice choose a window (`sample_...`), then the source is read once:
+no enlarged canvas is built, and colours are changed where the image is smallest.
+
+Letters: N images in a batch, O objects in an image.
+"""
+
+import json
+import math
+import pathlib
+import random
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from utils import IMAGENET_MEAN, SIDE, UserError, find_jaccard_overlap, to_rgb
+
+FILLER = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+
+# Section 2.2 of the paper: the least overlap of a crop with an object. None is the whole image, 0
+# is any crop. (0.9 is in the paper and in the published Caffe code.)
+CROP_OPTIONS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.)
+CROP_TRIES = 50
+
+
+# --------------------------------------------------------------------------------------------------
+# The data set
+# --------------------------------------------------------------------------------------------------
+
+
+class PascalVOCDataset(Dataset):
+    """The images of one split of the lists that `create_data_lists.py` wrote.
+
+    Item i is (image (3, 300, 300) uint8, boxes (O, 4) in fractions, labels (O,), difficulties
+    (O,)). `label_map` is the lists' map of class names to numbers.
+
+    Args:
+        data_folder: the folder of the lists.
+        split: 'TRAIN', augmented, or 'TEST'.
+        keep_difficult: keep objects that are marked difficult, in either split.
+
+    Raises:
+        UserError: lists that are not there or not lists, images that have moved; from an item, an
+            image that cannot be decoded.
+    """
+
+    def __init__(self, data_folder, split, keep_difficult=False):
+        assert split in ('TRAIN', 'TEST'), f'split is {split!r}, not TRAIN or TEST'
+        self.split = split
+        self.keep_difficult = keep_difficult
+        self.images = read_list(data_folder, f'{split}_images')
+        self.objects = read_list(data_folder, f'{split}_objects')
+        self.label_map = read_list(data_folder, 'label_map')
+        assert len(self.images) == len(self.objects), f'{len(self.images)}, {len(self.objects)}'
+        missing = [path for path in self.images if not pathlib.Path(path).is_file()]
+        if missing:
+            raise UserError(f'{missing[0]} is not there, as {len(missing)} of {len(self.images)} '
+                            f'images of {data_folder}; if they have moved, run '
+                            f'create_data_lists.py again')
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        try:
+            with Image.open(self.images[i]) as file:
+                image = to_rgb(file)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f'{self.images[i]}: cannot be decoded ({error}); replace it, or run '
+                            f'create_data_lists.py with --skip-broken') from error
+        objects = self.objects[i]
+        boxes = torch.tensor(objects['boxes'], dtype=torch.float32).view(-1, 4)
+        labels = torch.tensor(objects['labels'], dtype=torch.int64)
+        difficulties = torch.tensor(objects['difficulties'], dtype=torch.bool)
+        if not self.keep_difficult:
+            easy = ~difficulties
+            boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
+        return transform(image, boxes, labels, difficulties, self.split)
+
+
+def read_list(data_folder, name):
+    """The content of one of the JSON files that `create_data_lists.py` wrote."""
+    path = pathlib.Path(data_folder) / f'{name}.json'
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}); make the lists with '
+                        f'create_data_lists.py, or give their folder with '
+                        f'--data-folder') from error
+    except ValueError as error:
+        raise UserError(f'{path} is not a list ({error}); make the lists again with '
+                        f'create_data_lists.py') from error
+
+
+def collate_fn(batch):
+    """A batch of items: images (N, 3, 300, 300), and lists of boxes, labels, difficulties.
+
+    Images hold different numbers of objects, so those cannot be stacked. The images' channels are
+    last in memory, as they were in the file, and as the convolutions like them best.
+    """
+    images, boxes, labels, difficulties = zip(*batch)
+    images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return images, list(boxes), list(labels), list(difficulties)
+
+
+# --------------------------------------------------------------------------------------------------
+# The augmentation
+# --------------------------------------------------------------------------------------------------
+
+
+def objects_in(windows, boxes):
+    """Which objects a window keeps: their centre is inside, and enough of them to be seen.
+
+    Enough is a pixel of the 300 in both directions, after clipping.
+
+    Args:
+        windows, boxes: (n, 4) and (O, 4), corners, the same unit.
+
+    Returns:
+        (n, O) bool.
+    """
+    low, high = windows[:, None, :2], windows[:, None, 2:]              # (n, 1, 2)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2                         # (O, 2)
+    sides = torch.minimum(boxes[:, 2:], high) - torch.maximum(boxes[:, :2], low)    # (n, O, 2)
+    inside = (centres > low) & (centres < high) & (sides * SIDE >= high - low)
+    return inside.all(dim=2)
+
+
+def sample_zoom_out(width, height):
+    """A window 1 to 4 times as large as the image, the image anywhere in it."""
+    zoom = random.uniform(1, 4)
+    left, top = (random.uniform(0, (zoom - 1) * side) for side in (width, height))
+    return (-left, -top, zoom * width - left, zoom * height - top)
+
+
+def sample_crop(window, boxes):
+    """A random part of a window, such that objects stay in it (section 2.2 of the paper).
+
+    An option out of `CROP_OPTIONS` has 50 tries: sides of 0.3 to 1 of the window's, an aspect
+    ratio of 0.5 to 2 in pixels, and an object that stays whose overlap with the crop reaches the
+    option's minimum. If none fits, another option is drawn.
+
+    Args:
+        window: (x_min, y_min, x_max, y_max) in pixels of the source.
+        boxes: (O, 4), the same unit.
+    """
+    x_min, y_min, x_max, y_max = window
+    while len(boxes):
+        min_overlap = random.choice(CROP_OPTIONS)
+        if min_overlap is None:
+            break
+        # All tries at once; the first that fits is the one that trying in turn would find.
+        crops = []
+        for _ in range(CROP_TRIES):
+            width = random.uniform(0.3, 1) * (x_max - x_min)
+            height = random.uniform(0.3, 1) * (y_max - y_min)
+            left, top = random.uniform(x_min, x_max - width), random.uniform(y_min, y_max - height)
+            if 0.5 <= width / height <= 2:
+                crops.append((left, top, left + width, top + height))
+        tries = torch.tensor(crops).view(-1, 4)
+        fits = objects_in(tries, boxes) & (find_jaccard_overlap(tries, boxes) >= min_overlap)
+        fits = fits.any(dim=1).tolist()
+        if True in fits:
+            return crops[fits.index(True)]
+    return window
+
+
+def crop(boxes, labels, difficulties, window):
+    """The objects that a window keeps, clipped to it, in fractions of it.
+
+    Args:
+        boxes, labels, difficulties: (O, 4) in pixels, (O,), (O,).
+        window: (x_min, y_min, x_max, y_max) in pixels.
+    """
+    window = boxes.new_tensor(window)
+    keep = objects_in(window.unsqueeze(0), boxes).squeeze(0)
+    origin, size = window[:2].repeat(2), (window[2:] - window[:2]).repeat(2)
+    return ((boxes[keep] - origin) / size).clamp(0, 1), labels[keep], difficulties[keep]
+
+
+def flip(boxes):
+    """Boxes (O, 4) in fractions of an image, after the image was mirrored left to right."""
+    return torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], dim=1)
+
+
+def sample_colors():
+    """The arguments of `distort()`, each change with probability 0.5."""
+    return {
+        'brightness': random.choice((0., random.uniform(-32, 32))),
+        'contrast': random.choice((1., random.uniform(0.5, 1.5))),
+        'saturation': random.choice((1., random.uniform(0.5, 1.5))),
+        'hue': random.choice((0., random.uniform(-18, 18))),
+        'contrast_first': random.choice((True, False)),
+    }
+
+
+def distort(image, brightness, contrast, saturation, hue, contrast_first):
+    """Change the colours of an RGB image; returns a new one.
+
+    Args:
+        brightness: added, in 255ths.
+        contrast: factor of the levels.
+        saturation: factor.
+        hue: degrees.
+        contrast_first: contrast before saturation and hue, not after.
+    """
+    def levels(change):
+        """A table of 256 levels, for `Image.point`."""
+        return [min(max(round(change(level)), 0), 255) for level in range(256)]
+
+    first = contrast if contrast_first else 1.
+    if brightness != 0 or first != 1:
+        image = image.point(levels(lambda level: min(max(level + brightness, 0), 255) * first) * 3)
+    if saturation != 1 or hue != 0:
+        turned = [round(level + hue * 256 / 360) % 256 for level in range(256)]
+        table = turned + levels(lambda level: level * saturation) + list(range(256))
+        image = image.convert('HSV').point(table).convert('RGB')
+    if contrast != 1 and not contrast_first:
+        image = image.point(levels(lambda level: level * contrast) * 3)
+    return image
+
+
+def cut_out(image, window, change=None):
+    """Warp a window of an image to 300 x 300, with the filler where it reaches past the border.
+
+    Args:
+        image: PIL image, RGB.
+        window: (x_min, y_min, x_max, y_max) in its pixels.
+        change: a function of the part that is image, at its final size.
+    """
+    # The pixels of the result that the image covers wholly, and what they are in the source.
+    spans = []
+    for low, high, side in zip(window[:2], window[2:], image.size):
+        step = (high - low) / SIDE
+        first, last = max(0, math.ceil(-low / step)), min(SIDE, math.floor((side - low) / step))
+        spans.append((first, last, max(0., low + first * step), min(side, low + last * step)))
+    (left, right, x_min, x_max), (top, bottom, y_min, y_max) = spans
+    result = Image.new('RGB', (SIDE, SIDE), FILLER)
+    if left >= right or top >= bottom:
+        return result
+    part = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR,
+                        box=(x_min, y_min, x_max, y_max))
+    part = change(part) if change else part
+    if part.size == result.size:
+        return part
+    result.paste(part, (left, top))
+    return result
+
+
+def transform(image, boxes, labels, difficulties, split):
+    """From an image and its objects to what the network sees, augmented in training.
+
+    TRAIN: colours, zoom-out, crop, flip and warp, by the dice of Python's `random`. TEST: the
+    warp alone, and nothing is dropped.
+
+    Args:
+        image: PIL image, RGB.
+        boxes, labels, difficulties: (O, 4) in pixels, (O,) int64, (O,) bool.
+        split: 'TRAIN' or 'TEST'.
+
+    Returns:
+        image (3, 300, 300) uint8, boxes in fractions, labels, difficulties.
+    """
+    assert split in ('TRAIN', 'TEST'), f'split is {split!r}, not TRAIN or TEST'
+    window = (0, 0, *image.size)
+    if split == 'TEST':
+        return (pil_to_tensor(cut_out(image, window)),
+                boxes / boxes.new_tensor([*image.size, *image.size]), labels, difficulties)
+
+    colors = sample_colors()
+    if random.random() < 0.5:
+        larger = sample_zoom_out(*image.size)
+        if len(boxes) == 0 or objects_in(boxes.new_tensor([larger]), boxes).any():
+            window = larger
+    window = sample_crop(window, boxes)
+    boxes, labels, difficulties = crop(boxes, labels, difficulties, window)
+    image = cut_out(image, window, lambda part: distort(part, **colors))
+    if random.random() < 0.5:
+        image, boxes = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip(boxes)
+    return pil_to_tensor(image), boxes, labels, difficulties

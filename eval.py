@@ -1,0 +1,109 @@
+"""Evaluate a checkpoint: the average precision of every class and their mean, by VOC 2007's rule.
+
+    python eval.py --data-folder data --checkpoint checkpoint_ssd300.pth.tar
+"""
+
+import dataclasses
+import math
+import os
+
+import torch
+import tyro
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets import PascalVOCDataset, collate_fn
+from model import SSD300
+from utils import (
+    UserError,
+    calculate_mAP,
+    choose_device,
+    exit_on_user_error,
+    normalize,
+)
+
+# The thresholds of the paper's evaluation (section 3.1 and its code). Another value of any of
+# them gives an mAP that compares with nobody's: a min_score of 0.5 costs several points.
+MIN_SCORE, MAX_OVERLAP, TOP_K = 0.01, 0.45, 200
+
+
+@dataclasses.dataclass
+class Parameters:
+    """Evaluate a checkpoint of SSD300 on the TEST list of a data folder."""
+
+    # --- data ---
+    # Folder of the lists that create_data_lists.py wrote.
+    data_folder: str = './data'
+    # Processes that read images.
+    workers: int = min(8, os.cpu_count() or 1)
+
+    # --- model ---
+    # The checkpoint that train.py wrote.
+    checkpoint: str = './checkpoint_ssd300.pth.tar'
+
+    # --- bookkeeping ---
+    # Images at a time; changes memory and speed, not the result.
+    batch_size: int = 32
+    # cpu, cuda, cuda:1, ...; auto is the GPU where there is one.
+    device: str = 'auto'
+
+
+@torch.no_grad()
+def evaluate(test_loader, model):
+    """Detect on all images of a loader, print the table of average precisions, and return it.
+
+    Works in float32, on the model's device, always with the thresholds 0.01, 0.45 and 200.
+
+    Args:
+        test_loader: batches as `datasets.collate_fn` makes them; its data set keeps difficult
+            objects, whose detections count neither way.
+        model: an SSD300 with its `label_map`.
+
+    Returns:
+        ({class name: AP}, mAP), NaN for a class without objects.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.priors_cxcy.device
+    found, true = ([], [], []), ([], [], [])  # boxes, labels, and scores or difficulties
+    for images, *targets in tqdm(test_loader, 'evaluating', unit='batch'):
+        predictions = model(normalize(images.to(device, non_blocking=True)))
+        detections = model.detect_objects(*predictions, MIN_SCORE, MAX_OVERLAP, TOP_K)
+        for lists, batch in ((found, detections), (true, targets)):
+            for all_images, of_batch in zip(lists, batch):
+                all_images.extend(tensor.cpu() for tensor in of_batch)
+    model.train(was_training)
+
+    average_precisions, mean = calculate_mAP(*found, *true, model.label_map)
+    print_table(average_precisions, mean)
+    return average_precisions, mean
+
+
+def print_table(average_precisions, mean):
+    """A line a class, and the mean."""
+    width = max(map(len, average_precisions), default=0) + 2
+    for name, ap in average_precisions.items():
+        print(f'{name:{width}}{"no objects" if math.isnan(ap) else f"{ap:.4f}"}')
+    print(f'{"mAP":{width}}{mean:.4f}')
+
+
+@exit_on_user_error
+def main(parameters):
+    """Evaluate as the parameters say."""
+    device = choose_device(parameters.device)
+    model = SSD300.from_checkpoint(parameters.checkpoint)
+    dataset = PascalVOCDataset(parameters.data_folder, 'TEST', keep_difficult=True)
+    if len(dataset) == 0:
+        raise UserError(f'{parameters.data_folder} has no images in its TEST list; make the lists '
+                        f'with a split to test on')
+    if dataset.label_map != model.label_map:
+        raise UserError(f'{parameters.checkpoint} knows the classes {list(model.label_map)[1:]}, '
+                        f'{parameters.data_folder} has {list(dataset.label_map)[1:]}; give the '
+                        f'checkpoint that was trained on this data set')
+    loader = DataLoader(dataset, parameters.batch_size, collate_fn=collate_fn,
+                        num_workers=parameters.workers, pin_memory=device.type == 'cuda')
+    evaluate(loader, model.to(device, memory_format=torch.channels_last))
+
+
+if __name__ == '__main__':
+    main(tyro.cli(Parameters))

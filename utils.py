@@ -1,0 +1,717 @@
+"""What the scripts share: labels, boxes, VOC's files, images, mAP, checkpoints.
+
+Eight sections, each of which uses only the sections above it:
+
+1. Slips, files, devices  3. Box coordinates             5. Annotations and data lists
+2. Classes and labels     4. Jaccard overlap and NMS     6. Images
+                                                         7. Mean average precision
+                                                         8. Checkpoints
+
+Boxes are edges, not pixel indices: (x_min, y_min, x_max, y_max) is the interval from the left edge
+of the first column to the right edge of the last, so a width is x_max - x_min, without a "+ 1".
+
+Letters in comments and docstrings:
+N images in a batch, P = 8732 priors, C classes with background 0, O objects in an image.
+"""
+
+import colorsys
+import contextlib
+import functools
+import importlib
+import json
+import math
+import os
+import pathlib
+import pickle
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------
+# 1. Slips, files and devices
+#
+# A person's slip ends a script with one line that says what to do. A file appears whole or not at
+# all: it is written beside its place and renamed into it.
+# --------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A person's slip, not a program's: the message says what is wrong, where, and what to do."""
+
+
+class BrokenImageError(UserError):
+    """An image file that cannot be decoded."""
+
+
+def exit_on_user_error(main):
+    """Make a script's `main` print a person's slip as one line and exit with 1."""
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (UserError, OSError) as error:
+            # What a DataLoader's worker raises arrives with the worker's traceback before it.
+            message = str(error).rpartition('UserError: ')[2].strip()
+        print(f'{pathlib.Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+        sys.exit(1)
+    return wrapper
+
+
+@contextlib.contextmanager
+def write_beside(path):
+    """Give the path of a temporary file to write, which becomes `path` when the block has ended.
+
+    When the block fails, the temporary file is removed and what was at `path` stays.
+    """
+    path = pathlib.Path(path)
+    beside = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror or error}); free some space '
+                        f'or choose another place') from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def make_folder(folder):
+    """Make a folder and try to write into it, before the work whose result it is to hold."""
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written ({error.strerror}); choose another '
+                        f'folder') from error
+    return folder
+
+
+def choose_device(name):
+    """The device of a name: cpu, cuda, cuda:1, ...; auto is the GPU where there is one."""
+    if name == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f'device {name!r} cannot be used here ({reason}); give --device cpu or '
+                        f'auto') from error
+    return torch.device(name)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Classes and labels
+#
+# A class has a name outside and a number inside, and label_map leads from one to the other. The
+# number 0 is the background, which is never annotated. VOC's map is here; any other data set's is
+# made with its lists, and travels in label_map.json and in the checkpoint.
+# --------------------------------------------------------------------------------------------------
+
+voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
+              'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
+              'train', 'tvmonitor')
+label_map = {'background': 0, **{name: number for number, name in enumerate(voc_labels, 1)}}
+rev_label_map = {number: name for name, number in label_map.items()}
+
+
+def distinct_colors(label_map):
+    """A colour for every class name, as '#rrggbb'; the background is white."""
+    # Steps of the golden ratio spread any number of hues around the circle; two levels of
+    # lightness tell neighbours apart.
+    colors = {}
+    for name, number in label_map.items():
+        lightness = 0.45 + 0.15 * (number % 2)
+        rgb = colorsys.hls_to_rgb(number * 0.618034 % 1, lightness, 0.9)
+        colors[name] = '#' + ''.join(f'{round(255 * level):02x}' for level in rgb)
+    return {**colors, 'background': '#ffffff'}
+
+
+label_color_map = distinct_colors(label_map)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Box coordinates
+#
+# Three ways to write a box. Corners (no suffix, or _xy) for geometry; centre and size (_cxcy) for
+# priors; and offsets from a prior (gcxgcy, "locs"), which the network predicts.
+# --------------------------------------------------------------------------------------------------
+
+
+def xy_to_cxcy(xy):
+    """Corners (x_min, y_min, x_max, y_max) to centre and size (cx, cy, w, h): (..., 4) both."""
+    return torch.cat([(xy[..., :2] + xy[..., 2:]) / 2, xy[..., 2:] - xy[..., :2]], dim=-1)
+
+
+def cxcy_to_xy(cxcy):
+    """Centre and size (cx, cy, w, h) to corners (x_min, y_min, x_max, y_max): (..., 4) both."""
+    return torch.cat([cxcy[..., :2] - cxcy[..., 2:] / 2, cxcy[..., :2] + cxcy[..., 2:] / 2], dim=-1)
+
+
+def cxcy_to_gcxgcy(cxcy, priors_cxcy):
+    """Boxes to offsets from their priors; (..., 4) all, in fractions, offsets without a unit.
+
+    The centre's offset is measured in the prior's size, the size's on a logarithmic scale: the
+    same numbers mean the same for small and large priors (section 2.2 of the paper). The factors
+    10 and 5 are the published Caffe code's "variances" 0.1 and 0.2, which bring the offsets to
+    about the spread that the network's other outputs have.
+    """
+    centres = (cxcy[..., :2] - priors_cxcy[..., :2]) / (priors_cxcy[..., 2:] / 10)
+    return torch.cat([centres, torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5], dim=-1)
+
+
+def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
+    """Offsets from priors back to boxes, the inverse of `cxcy_to_gcxgcy`: (..., 4) all."""
+    centres = gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2]
+    return torch.cat([centres, torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]], dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Jaccard overlap and non-maximum suppression
+#
+# The Jaccard overlap, or intersection over union, says how alike two boxes are: 1 for the same
+# box, 0 for boxes apart. Matching, suppression, cropping and mAP are all built on it.
+# --------------------------------------------------------------------------------------------------
+
+
+def find_intersection(set_1, set_2):
+    """The area that each box of one set shares with each of the other.
+
+    Args:
+        set_1, set_2: (..., n1, 4) and (..., n2, 4), corners, any unit.
+
+    Returns:
+        (..., n1, n2), in the unit squared.
+    """
+    # A plane for each coordinate, contiguous: the arithmetic then runs over n2 numbers in a row.
+    x_min_1, y_min_1, x_max_1, y_max_1 = set_1.unsqueeze(-2).unbind(-1)                 # (n1, 1)
+    x_min_2, y_min_2, x_max_2, y_max_2 = set_2.unsqueeze(-3).movedim(-1, 0).contiguous()  # (1, n2)
+    width = torch.minimum(x_max_1, x_max_2).sub_(torch.maximum(x_min_1, x_min_2)).clamp_(min=0)
+    height = torch.minimum(y_max_1, y_max_2).sub_(torch.maximum(y_min_1, y_min_2)).clamp_(min=0)
+    return width.mul_(height)
+
+
+def find_jaccard_overlap(set_1, set_2):
+    """Intersection over union of each box of one set with each of the other.
+
+    A box without area (also one with its corners exchanged) overlaps nothing: 0, not NaN.
+
+    Args:
+        set_1, set_2: (..., n1, 4) and (..., n2, 4), corners, any unit.
+
+    Returns:
+        (..., n1, n2), in [0, 1].
+    """
+    intersection = find_intersection(set_1, set_2)
+    area_1 = (set_1[..., 2:] - set_1[..., :2]).clamp(min=0).prod(dim=-1)    # (..., n1)
+    area_2 = (set_2[..., 2:] - set_2[..., :2]).clamp(min=0).prod(dim=-1)    # (..., n2)
+    union = (area_1.unsqueeze(-1) + area_2.unsqueeze(-2)).sub_(intersection)
+    return intersection.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
+
+
+def greedy_keep(overlap, max_overlap):
+    """Which boxes greedy non-maximum suppression keeps, for boxes sorted by falling score.
+
+    Greedy suppression goes from the best box to the worst and keeps a box if no *kept* better box
+    overlaps it too much. Here all boxes are judged at once, again and again: a box goes if one
+    that was kept in the last round suppresses it. After the first round the best box is settled,
+    after the second the next one at the latest, and so on: when a round changes nothing, the
+    answer is the greedy one. A few rounds do, since a chain of suppressions is short.
+
+    Args:
+        overlap: (..., K, K), Jaccard overlap of the boxes with each other.
+
+    Returns:
+        (..., K) bool.
+    """
+    # [i, j]: box i suppresses box j. Only a better box may, so only the upper triangle counts.
+    suppresses = (overlap > max_overlap).triu_(diagonal=1).to(overlap.dtype)
+    keep = torch.ones_like(overlap[..., 0])
+    while True:
+        # A product with a matrix of zeros and ones counts the kept boxes that suppress j.
+        n_suppressors = (keep.unsqueeze(-2) @ suppresses).squeeze(-2)
+        settled = (n_suppressors == 0).to(overlap.dtype)
+        if torch.equal(settled, keep):
+            return keep.bool()
+        keep = settled
+
+
+def non_max_suppression(boxes, scores, max_overlap):
+    """Keep the best of the boxes that overlap each other by more than `max_overlap`.
+
+    Args:
+        boxes: (K, 4), corners, any unit.
+        scores: (K,)
+
+    Returns:
+        Indices of the kept boxes by falling score, (n,) int64; of equal scores the lower index
+        first. Memory grows with K squared.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    return order[greedy_keep(find_jaccard_overlap(boxes[order], boxes[order]), max_overlap)]
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Annotations and data lists
+#
+# VOC's layout: a folder with JPEGImages, Annotations (an XML file an image) and ImageSets/Main (a
+# text file a split, an image name a line). It is read once, checked, and written as JSON lists.
+# --------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif')
+
+
+def parse_annotation(annotation_path, label_map):
+    """Read the objects of one VOC annotation file.
+
+    VOC counts pixels from 1 and includes both ends, so `xmin..xmax` becomes the edges
+    (xmin - 1, xmax). Nothing is clipped or dropped here. Boxes of an object's parts (head, hand,
+    foot) are not objects. A missing `difficult` means no.
+
+    Args:
+        annotation_path: the XML file.
+        label_map: class names to numbers; with None the labels stay names.
+
+    Returns:
+        {'boxes': [[x_min, y_min, x_max, y_max], ...] in pixels, 'labels': [...],
+        'difficulties': [...]}
+
+    Raises:
+        UserError: no such file, malformed XML, a missing or impossible value, an unknown class.
+    """
+    root = read_xml(annotation_path)
+    boxes, labels, difficulties = [], [], []
+    for number, object_ in enumerate(root.findall('object'), 1):
+        where = f'{annotation_path}, object {number}'
+        name = (object_.findtext('name') or '').strip()
+        if not name:
+            raise UserError(f'{where}: no class name; add <name>...</name>')
+        if label_map is not None and (name not in label_map or name == 'background'):
+            raise UserError(f'{where}: class {name!r} is none of {sorted(label_map)}; '
+                            f'correct it, or add it to the classes')
+        corners = [read_number(object_, f'bndbox/{corner}', where)
+                   for corner in ('xmin', 'ymin', 'xmax', 'ymax')]
+        boxes.append([corners[0] - 1, corners[1] - 1, corners[2], corners[3]])
+        labels.append(name if label_map is None else label_map[name])
+        difficulties.append(bool(read_number(object_, 'difficult', where, default=0)))
+    return {'boxes': boxes, 'labels': labels, 'difficulties': difficulties}
+
+
+def read_xml(path):
+    """The root element of an XML file; a UserError if there is none."""
+    try:
+        return ET.parse(path).getroot()
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: no such annotation; every image of a split needs one') from error
+    except (ET.ParseError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: malformed XML ({error}); correct or replace it') from error
+
+
+def read_number(element, tag, where, default=None):
+    """The finite number in a tag below an XML element; a UserError if it is none."""
+    text = element.findtext(tag)
+    if text is None and default is not None:
+        return default
+    try:
+        number = float(text)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f'{where}: <{tag}> holds {text!r}, not a number; correct it')
+    return number
+
+
+def read_split(folder, split):
+    """The images of a split, as a list of (annotation path, image path).
+
+    Raises:
+        UserError: not a folder in VOC layout, no such split, or an image that is not there.
+    """
+    folder = pathlib.Path(folder)
+    for part in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        if not (folder / part).is_dir():
+            raise UserError(f'{folder}: not a folder in VOC layout, it has no {part}; give the '
+                            f'folder that holds JPEGImages, Annotations and ImageSets/Main')
+    list_path = folder / 'ImageSets' / 'Main' / f'{split}.txt'
+    if not list_path.is_file():
+        splits = sorted(path.stem for path in list_path.parent.glob('*.txt'))
+        raise UserError(f'{list_path}: no such split; there are: {", ".join(splits[:20])}')
+
+    files = {}
+    for path in sorted((folder / 'JPEGImages').resolve().iterdir(), key=rank_of_suffix):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            files.setdefault(path.stem, path)
+    images = []
+    for line in list_path.read_text(encoding='utf-8').splitlines():
+        if not line.strip():
+            continue
+        # The lists of a single class have a flag behind the name: '000012 -1'.
+        name = line.strip() if line.strip() in files else line.split()[0]
+        if name not in files:
+            raise UserError(f'{list_path} names {name!r}, but {folder / "JPEGImages"} has no '
+                            f'image of that name; add it, or take the line out')
+        images.append((folder.resolve() / 'Annotations' / f'{name}.xml', files[name]))
+    return images
+
+
+def rank_of_suffix(path):
+    """Sorts paths so that of two images with the same name the JPEG comes first."""
+    suffix = path.suffix.lower()
+    return IMAGE_SUFFIXES.index(suffix) if suffix in IMAGE_SUFFIXES else len(IMAGE_SUFFIXES), path
+
+
+def check_image(path):
+    """Decode all of an image file; returns its width and height as stored.
+
+    Raises:
+        BrokenImageError: it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            image.draft(None, (size[0] // 8, size[1] // 8))  # an eighth of a JPEG is quicker
+            image.load()
+            return size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImageError(f'{path}: cannot be decoded ({error}); replace it, or leave such '
+                               f'images out with --skip-broken') from error
+
+
+def clean_objects(objects, width, height):
+    """Clip an image's boxes to it and drop those without area.
+
+    Returns:
+        The objects that are left, in new lists, and a Counter of what was done.
+    """
+    cleaned, done = {'boxes': [], 'labels': [], 'difficulties': []}, Counter()
+    for box, label, difficult in zip(*objects.values()):
+        clipped = [min(max(box[0], 0), width), min(max(box[1], 0), height),
+                   min(max(box[2], 0), width), min(max(box[3], 0), height)]
+        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+            done['boxes without area, dropped'] += 1
+            continue
+        done['boxes past the border, clipped'] += clipped != box
+        done['difficult'] += difficult
+        for values, value in zip(cleaned.values(), (clipped, label, difficult)):
+            values.append(value)
+    done['objects'] = len(cleaned['boxes'])
+    return cleaned, done
+
+
+def read_objects(annotation_path, image_path, label_map, skip_broken):
+    """The cleaned objects of one image, and a Counter of what was done.
+
+    A broken image has no objects to give: None, if `skip_broken` lets it pass.
+    """
+    objects = parse_annotation(annotation_path, label_map)
+    try:
+        size = check_image(image_path)
+    except BrokenImageError:
+        if not skip_broken:
+            raise
+        return None, Counter({'broken images, left out': 1})
+    root = read_xml(annotation_path)
+    for tag, actual in zip(('width', 'height'), size):
+        stated = read_number(root, f'size/{tag}', annotation_path, default=0)
+        if stated not in (0, actual):
+            raise UserError(f'{annotation_path}: {tag} {stated:g}, but {image_path} has {actual}; '
+                            f'the boxes are for another image, replace one of the two')
+    return clean_objects(objects, *size)
+
+
+def read_splits(splits, label_map, skip_broken, split_name):
+    """Image paths, objects and a summary of all images in a list of (folder, split)."""
+    images = [image for folder, split in splits for image in read_split(folder, split)]
+    paths, objects, summary = [], [], Counter()
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
+    try:
+        results = pool.map(lambda image: read_objects(*image, label_map, skip_broken), images)
+        for (_, path), (found, done) in zip(images, tqdm(results, split_name, len(images))):
+            summary += done
+            if found is None:
+                continue
+            if split_name == 'TRAIN' and not found['boxes']:
+                summary['images without objects, left out'] += 1
+                continue
+            summary['images'] += 1
+            summary['images without objects, kept'] += not found['boxes']
+            paths.append(str(path))
+            objects.append(found)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return paths, objects, +summary
+
+
+def write_data_lists(train_splits, test_splits, output_folder, label_map=None, skip_broken=False):
+    """Read folders in VOC layout and write the lists that training and evaluation read.
+
+    Boxes past the border are clipped, boxes without area dropped, images without objects left out
+    of TRAIN and kept in TEST, where what is found on them is a false positive. Everything is read
+    before anything is written.
+
+    Args:
+        train_splits, test_splits: lists of (folder, split), such as ('VOC2007', 'trainval').
+        output_folder: for TRAIN_images.json, TRAIN_objects.json, TEST_images.json,
+            TEST_objects.json and label_map.json; made if it is not there.
+        label_map: class names to numbers; None for the classes in the annotations, sorted.
+        skip_broken: leave images that cannot be decoded out, instead of stopping at the first.
+
+    Returns:
+        The summary, which is printed too: {'classes': [names], 'TRAIN': {what: count}, 'TEST':
+        {what: count}}.
+
+    Raises:
+        UserError: with the file at fault and what to do.
+    """
+    output_folder = make_folder(output_folder)
+    lists = {'TRAIN': train_splits, 'TEST': test_splits}
+    read = {name: read_splits(splits, label_map, skip_broken, name)
+            for name, splits in lists.items()}
+    if label_map is None:
+        all_objects = [objects for _, some, _ in read.values() for objects in some]
+        names = sorted({name for objects in all_objects for name in objects['labels']})
+        if 'background' in names:
+            raise UserError("a class of the annotations is named 'background', which stands for "
+                            "no object; rename it")
+        label_map = {'background': 0, **{name: i for i, name in enumerate(names, 1)}}
+        for objects in all_objects:
+            objects['labels'] = [label_map[name] for name in objects['labels']]
+
+    files = {'label_map': label_map}
+    for name, (paths, objects, _) in read.items():
+        files |= {f'{name}_images': paths, f'{name}_objects': objects}
+    with contextlib.ExitStack() as stack:  # all are renamed at the end, or none
+        for name, content in files.items():
+            path = stack.enter_context(write_beside(output_folder / f'{name}.json'))
+            path.write_text(json.dumps(content), encoding='utf-8')
+
+    summary = {'classes': [name for name in label_map if name != 'background'],
+               **{name: dict(counts) for name, (_, _, counts) in read.items()}}
+    for name in lists:
+        counts = summary[name]
+        print(f'{name}: {counts.get("images", 0)} images, {counts.get("objects", 0)} objects')
+        for what in sorted(counts.keys() - {'images', 'objects'}):
+            print(f'    {what}: {counts[what]}')
+    print(f'{len(summary["classes"])} classes: {", ".join(summary["classes"])}')
+    print(f'written to {output_folder.resolve()}')
+    return summary
+
+
+def create_data_lists(voc07_path, voc12_path, output_folder):
+    """VOC's own lists: 07 + 12 trainval to TRAIN, 07 test to TEST; see `write_data_lists()`."""
+    train_splits = [(voc07_path, 'trainval'), (voc12_path, 'trainval')]
+    return write_data_lists(train_splits, [(voc07_path, 'test')], output_folder, label_map)
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Images
+#
+# An image is a PIL image in RGB, then a uint8 tensor (3, 300, 300), and on the device the floats that
+# the network takes. The augmentation stands beside its only caller, the data set.
+# --------------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FILLER = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+SIDE = 300  # pixels of what the network sees
+
+
+def to_rgb(image):
+    """An RGB copy of a PIL image of any mode: 16 bits are scaled to 8, transparent is white."""
+    if image.mode.startswith(('I', 'F')):
+        low, high = image.getextrema()
+        # What fits into 8 bits stays, unless the mode says that there are 16.
+        scale = 1 if high <= 255 and not image.mode.startswith('I;16') else 255 / max(high, 65535)
+        image = image.convert('F').point(lambda value: value * scale + 0).convert('L')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        white = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(white, image)
+    return image.convert('RGB') if image.mode != 'RGB' else image.copy()
+
+
+@functools.cache
+def imagenet_constants(device):
+    """ImageNet's mean and std for pixels from 0 to 255, on a device: (3, 1, 1) each."""
+    constants = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
+    return constants.view(2, 3, 1, 1).unbind(0)
+
+
+def normalize(images):
+    """Turn uint8 images (..., 3, H, W) into the floats that the network takes.
+
+    With the mean and std of ImageNet, as torchvision's VGG-16 was trained, on the images' device.
+    """
+    mean, std = imagenet_constants(images.device)
+    return (images - mean).div_(std)
+
+
+def __getattr__(name):
+    """`utils.transform` is `datasets.transform`, which needs the functions above."""
+    if name == 'transform':
+        return importlib.import_module('datasets').transform
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Mean average precision
+#
+# The rule of the VOC 2007 devkit (VOCevaldet.m, VOCap.m), for all images of a class at once.
+# --------------------------------------------------------------------------------------------------
+
+MIN_OVERLAP = 0.5  # of a detection with its object
+
+
+def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
+                  label_map):
+    """Average precision of each class and their mean, by the rule of VOC 2007.
+
+    Args:
+        det_boxes, det_labels, det_scores: lists of a tensor an image: (n, 4), (n,), (n,).
+        true_boxes, true_labels, true_difficulties: the same for objects: (O, 4), (O,), (O,).
+            Boxes are corners in any unit, the same for both.
+        label_map: class names to numbers, background 0.
+
+    Returns:
+        {class name: AP}, NaN for a class without objects (difficult ones do not count), and the
+        mean of those that are not NaN; NaN if there is none.
+    """
+    lists = (det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties)
+    assert len({len(list_) for list_ in lists}) == 1, f'{[len(list_) for list_ in lists]} images'
+    image, boxes = flatten_images(det_boxes, width=4)
+    true_image, true_boxes = flatten_images(true_boxes, width=4)
+    labels, scores, true_labels, difficult = (
+        flatten_images(list_)[1] for list_ in (det_labels, det_scores, true_labels,
+                                               true_difficulties))
+    difficult = difficult.bool()
+
+    average_precisions = {}
+    for name, label in label_map.items():
+        if name == 'background':
+            continue
+        mine, true_mine = labels == label, true_labels == label
+        order = scores[mine].argsort(descending=True, stable=True)
+        correct, wrong = judge_detections(
+            image[mine][order], boxes[mine][order],
+            true_image[true_mine], true_boxes[true_mine], difficult[true_mine])
+        n_objects = int((~difficult[true_mine]).sum())
+        average_precisions[name] = average_precision(correct, wrong, n_objects)
+    known = [ap for ap in average_precisions.values() if not math.isnan(ap)]
+    return average_precisions, sum(known) / len(known) if known else math.nan
+
+
+def flatten_images(tensors, width=None):
+    """One tensor of all images' rows, on the CPU, and the number of each row's image."""
+    counts = torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)
+    shape = (-1,) if width is None else (-1, width)
+    empty = torch.zeros(0)
+    flat = torch.cat([tensor.detach().cpu().reshape(shape) for tensor in tensors]
+                     or [empty.reshape(shape)])
+    return torch.repeat_interleave(torch.arange(len(counts)), counts), flat
+
+
+def judge_detections(image, boxes, true_image, true_boxes, difficult):
+    """Which detections of one class are right and which are wrong.
+
+    A detection looks at the object of its image that it overlaps most. From an overlap of 0.5 on
+    it is ignored if that object is difficult, right if no better detection has it already, and
+    wrong if one has. Below 0.5 it is wrong.
+
+    Args:
+        image, boxes: (D,), (D, 4), the detections by falling score.
+        true_image, true_boxes, difficult: (T,), (T, 4), (T,), the objects, by image.
+
+    Returns:
+        correct and wrong, (D,) bool each; an ignored detection is neither.
+    """
+    n_detections, n_objects = len(image), len(true_image)
+    # Every pair of a detection and an object in the same image. Objects of an image are neighbours.
+    first = torch.searchsorted(true_image, image)
+    counts = torch.searchsorted(true_image, image, right=True) - first          # (D,)
+    detection = torch.repeat_interleave(torch.arange(n_detections), counts)     # (pairs,)
+    start = counts.cumsum(0) - counts
+    object_ = torch.arange(len(detection)) - start[detection] + first[detection]
+
+    # The corners in float64: an overlap of exactly 0.5 must not fall to rounding.
+    overlap = find_jaccard_overlap(boxes.double()[detection].unsqueeze(1),
+                                   true_boxes.double()[object_].unsqueeze(1)).flatten()
+    best = torch.zeros(n_detections, dtype=torch.float64)
+    best.scatter_reduce_(0, detection, overlap, 'amax')
+    # Of several objects with the same overlap the first, as the devkit's loop finds it.
+    number = torch.where(overlap == best[detection], object_, n_objects)
+    match = torch.full((n_detections,), n_objects).scatter_reduce_(0, detection, number, 'amin')
+    found = best >= MIN_OVERLAP
+    match[~found] = n_objects
+
+    rank = torch.arange(n_detections)
+    winner = torch.full((n_objects + 1,), n_detections).scatter_reduce_(0, match, rank, 'amin')
+    ignored = torch.cat([difficult, difficult.new_zeros(1)])[match]
+    correct = found & ~ignored & (winner[match] == rank)
+    return correct, ~correct & ~ignored
+
+
+def average_precision(correct, wrong, n_objects):
+    """VOC 2007's average precision: the mean of the precision at recall 0, 0.1, ..., 1.
+
+    The precision at a recall is the highest at that recall or above. Recalls are compared in whole
+    numbers, since 3 / 10 and 0.3 need not be the same.
+
+    Args:
+        correct, wrong: (D,) bool, by falling score.
+        n_objects: how many could be found.
+    """
+    if n_objects == 0:
+        return math.nan
+    n_correct, n_wrong = correct.cumsum(0), wrong.cumsum(0)
+    precision = n_correct.double() / (n_correct + n_wrong).clamp(min=1)
+    highest = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
+    highest = torch.cat([highest, highest.new_zeros(1)])    # 0 for a recall that is not reached
+    reached = torch.searchsorted(10 * n_correct, n_objects * torch.arange(11))
+    return highest[reached].mean().item()
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Checkpoints
+#
+# A dictionary of tensors, numbers, strings, lists and dictionaries: nothing in it is code, and
+# nothing in it depends on the version of this program's classes.
+# --------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, **state):
+    """Write a checkpoint beside its place and rename it: the old one stays until the new is whole.
+
+    Args:
+        path: the file.
+        state: what `load_checkpoint` returns: tensors, state_dicts, numbers, strings, ...
+    """
+    with write_beside(path) as beside, open(beside, 'wb') as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before the name points to it
+
+
+def load_checkpoint(path):
+    """The dictionary of a checkpoint, its tensors on the CPU. No code of the file is run.
+
+    Raises:
+        UserError: no such file, truncated, or written by another program.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f'{path}: no such checkpoint; train one with train.py, or give its path')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f'{path} cannot be read as a checkpoint: truncated, or written by another '
+                        f'program ({str(error).strip().splitlines()[0][:200]}); give one that '
+                        f'train.py wrote') from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f'{path} is not a checkpoint of this program: it holds a '
+                        f'{type(checkpoint).__name__}; give one that train.py wrote')
+    return checkpoint
