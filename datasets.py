@@ -17,12 +17,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from utils import IMAGENET_MEAN, SIDE, UserError, find_jaccard_overlap, to_rgb
+from utils import FILLER, SIDE, UserError, find_jaccard_overlap, to_rgb
 
-FILLER = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
-
-# Section 2.2 of the paper: the least overlap of a crop with an object. None is the whole image, 0
-# is any crop. (0.9 is in the paper and in the published Caffe code.)
+# Section 2.2 of the paper, "Data augmentation": the least overlap of a crop with an object. None is
+# the whole image, 0 is any crop.
 CROP_OPTIONS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.)
 CROP_TRIES = 50
 
@@ -42,16 +40,18 @@ class PascalVOCDataset(Dataset):
         data_folder: the folder of the lists.
         split: 'TRAIN', augmented, or 'TEST'.
         keep_difficult: keep objects that are marked difficult, in either split.
+        zoom_out: let the augmentation make objects smaller.
 
     Raises:
         UserError: lists that are not there or not lists, images that have moved; from an item, an
             image that cannot be decoded.
     """
 
-    def __init__(self, data_folder, split, keep_difficult=False):
+    def __init__(self, data_folder, split, keep_difficult=False, zoom_out=True):
         assert split in ('TRAIN', 'TEST'), f'split is {split!r}, not TRAIN or TEST'
         self.split = split
         self.keep_difficult = keep_difficult
+        self.zoom_out = zoom_out
         self.images = read_list(data_folder, f'{split}_images')
         self.objects = read_list(data_folder, f'{split}_objects')
         self.label_map = read_list(data_folder, 'label_map')
@@ -79,7 +79,7 @@ class PascalVOCDataset(Dataset):
         if not self.keep_difficult:
             easy = ~difficulties
             boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
-        return transform(image, boxes, labels, difficulties, self.split)
+        return transform(image, boxes, labels, difficulties, self.split, self.zoom_out)
 
 
 def read_list(data_folder, name):
@@ -216,7 +216,7 @@ def distort(image, brightness, contrast, saturation, hue, contrast_first):
     if brightness != 0 or first != 1:
         image = image.point(levels(lambda level: min(max(level + brightness, 0), 255) * first) * 3)
     if saturation != 1 or hue != 0:
-        turned = [round(level + hue * 256 / 360) % 256 for level in range(256)]
+        turned = [round(level + hue * 255 / 360) % 255 for level in range(256)]  # 255 is 0 again
         table = turned + levels(lambda level: level * saturation) + list(range(256))
         image = image.convert('HSV').point(table).convert('RGB')
     if contrast != 1 and not contrast_first:
@@ -251,7 +251,7 @@ def cut_out(image, window, change=None):
     return result
 
 
-def transform(image, boxes, labels, difficulties, split):
+def transform(image, boxes, labels, difficulties, split, zoom_out=True):
     """From an image and its objects to what the network sees, augmented in training.
 
     TRAIN: colours, zoom-out, crop, flip and warp, by the dice of Python's `random`. TEST: the
@@ -261,6 +261,7 @@ def transform(image, boxes, labels, difficulties, split):
         image: PIL image, RGB.
         boxes, labels, difficulties: (O, 4) in pixels, (O,) int64, (O,) bool.
         split: 'TRAIN' or 'TEST'.
+        zoom_out: whether zoom-out is one of the dice.
 
     Returns:
         image (3, 300, 300) uint8, boxes in fractions, labels, difficulties.
@@ -272,7 +273,7 @@ def transform(image, boxes, labels, difficulties, split):
                 boxes / boxes.new_tensor([*image.size, *image.size]), labels, difficulties)
 
     colors = sample_colors()
-    if random.random() < 0.5:
+    if zoom_out and random.random() < 0.5:
         larger = sample_zoom_out(*image.size)
         if len(boxes) == 0 or objects_in(boxes.new_tensor([larger]), boxes).any():
             window = larger

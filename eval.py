@@ -22,7 +22,7 @@ from utils import (
     normalize,
 )
 
-# The thresholds of the paper's evaluation (section 3.1 and its code). Another value of any of
+# The thresholds of the paper's evaluation (section 3.7 and its code). Another value of any of
 # them gives an mAP that compares with nobody's: a min_score of 0.5 costs several points.
 MIN_SCORE, MAX_OVERLAP, TOP_K = 0.01, 0.45, 200
 

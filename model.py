@@ -45,9 +45,9 @@ class FeatureMap(NamedTuple):
         return len(self.aspect_ratios) + 1
 
 
-# The one table that priors, prediction heads and the number 8732 come from. Another input size
-# changes it here and nowhere else. Sizes and ratios: section 2.2 and figure 2 of the paper; its
-# scales run from 0.2 to 0.9 in equal steps, with half of 0.2 for conv4_3 (section 3.1).
+# The one table that priors, prediction heads and the number 8732 come from: what another input
+# size changes. Sizes: figure 2 of the paper. Scales: 0.2 to 0.9 in equal steps (section 2.2), and
+# 0.1 for conv4_3 (section 3.1, as the ratios of each map).
 FEATURE_MAPS = (
     FeatureMap('conv4_3', 512, 38, 0.1, (1., 2., 1 / 2)),
     FeatureMap('conv7', 1024, 19, 0.2, (1., 2., 3., 1 / 2, 1 / 3)),
@@ -158,10 +158,10 @@ class VGGBase(nn.Module):
         weights = VGG16_Weights.IMAGENET1K_V1
         try:
             vgg = weights.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # of the network, of the disk, or of what is in the file
             raise UserError(
-                f'the ImageNet weights could not be loaded from {weights.url} ({error}): '
-                f'connect to the network, or put the file into '
+                f'the ImageNet weights could not be loaded from {weights.url} '
+                f'({type(error).__name__}: {error}); connect to the network, or put the file into '
                 f'{torch.hub.get_dir()}/checkpoints, or train from scratch with --no-pretrained'
             ) from error
 
@@ -339,16 +339,17 @@ class SSD300(nn.Module):
             UserError: the file is missing, truncated, or not a checkpoint of this program.
         """
         checkpoint = load_checkpoint(path)
-        if not {'model', 'label_map'} <= checkpoint.keys():
+        if not all(isinstance(checkpoint.get(key), dict) for key in ('model', 'label_map')):
             raise UserError(f'{path} is not a checkpoint of this program: it holds '
-                            f'{sorted(map(str, checkpoint))[:5]}, not model and label_map')
+                            f'{sorted(map(str, checkpoint))[:5]}, not the dictionaries model and '
+                            f'label_map; give one that train.py wrote')
         model = cls(n_classes=len(checkpoint['label_map']))
         try:
             model.load_state_dict(checkpoint['model'])
         except (RuntimeError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f'the weights in {path} do not fit an SSD300 of '
-                            f'{model.n_classes} classes: {reason}') from error
+            reason = str(error).strip().splitlines()[-1].strip()[:200]
+            raise UserError(f'the weights in {path} do not fit an SSD300 of {model.n_classes} '
+                            f'classes ({reason}); give one that train.py wrote') from error
         model.label_map = checkpoint['label_map']
         return model.eval()
 
@@ -358,7 +359,7 @@ class SSD300(nn.Module):
 
         Softmax; per class the scores above `min_score`, the best 400 of them, non-maximum
         suppression at `max_overlap`; over all classes the best `top_k` of an image. Evaluation
-        uses 0.01, 0.45 and 200 (section 3.1 of the paper), the eye likes 0.2, 0.5 and 200.
+        uses 0.01, 0.45 and 200 (section 3.7 of the paper), the eye likes 0.2, 0.5 and 200.
 
         Args:
             predicted_locs: (N, P, 4), as the network gives them.
@@ -408,7 +409,7 @@ def find_candidates(log_probs, min_score):
         For the M candidates: group (image * (C - 1) + class), prior, log_prob, (M,) each.
     """
     n_images, n_priors, n_classes = log_probs.shape
-    bar = math.log(min_score) if min_score > 0 else -math.inf
+    bar = math.log(max(min_score, torch.finfo(torch.float32).tiny))
     image, prior, class_ = (log_probs > bar).nonzero(as_tuple=True)
     group = image * n_classes + class_
 
@@ -556,7 +557,7 @@ class MultiBoxLoss(nn.Module):
         number = torch.where(overlap == best[image], number, len(boxes))
         object_ = torch.full_like(true_classes, len(boxes))
         object_.scatter_reduce_(0, rows, number, 'amin')                # (N, P)
-        taken = best >= self.threshold
+        taken = (best >= self.threshold) & (object_ < len(boxes))
 
         # The forced matches come last and overwrite. An object without one writes into a column
         # that is cut off again.

@@ -45,15 +45,16 @@ def regular_polygon(n_points, radii=(1.,)):
             for i in range(n_points)]
 
 
-# Corners of the shapes; a circle is a polygon of many.
+# Each class has its corners (a circle is a polygon of many) and its part of the colour circle, in
+# degrees: a network from scratch has something to start from long before it tells outlines apart.
 OUTLINES = {
     'circle': regular_polygon(60),
-    'cross': [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
-              (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
     'square': [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
-    'star': regular_polygon(10, radii=(1., .42)),
+    'star': regular_polygon(10, radii=(1., .45)),
     'triangle': regular_polygon(3),
 }
+HUES = {'circle': 0, 'square': 220, 'star': 55, 'triangle': 130}
+HUE_SPREAD = 20
 
 
 def draw_texture(size, colors, dice):
@@ -64,14 +65,9 @@ def draw_texture(size, colors, dice):
     return Image.composite(*(Image.new('RGB', size, color) for color in colors), mask)
 
 
-def random_color(dice, saturation, lightness):
-    """A colour of any hue, as Pillow writes it."""
-    return f'hsl({dice.randrange(360)}, {saturation}%, {lightness}%)'
-
-
 def draw_mask(name, size, dice):
     """The mask of one shape of random size, tilt and place; its centre is inside the image."""
-    radius = dice.uniform(0.13, 0.3) * min(size) * SUPERSAMPLING
+    radius = dice.uniform(0.09, 0.19) * min(size) * SUPERSAMPLING
     stretch, tilt = dice.uniform(0.8, 1.25), math.radians(dice.uniform(-15, 15))
     cx, cy = (dice.uniform(0.12, 0.88) * side * SUPERSAMPLING for side in size)
     points = []
@@ -84,17 +80,28 @@ def draw_mask(name, size, dice):
     return large.reduce(SUPERSAMPLING)
 
 
+def draw_background(size, dice):
+    """Soft blobs of two shades of a pale colour."""
+    hue, saturation, lightness = dice.randrange(360), dice.randrange(15), dice.randint(30, 70)
+    return draw_texture(size, [f'hsl({hue}, {saturation}%, {lightness + shade}%)'
+                               for shade in (-6, 6)], dice)
+
+
+def draw_surface(name, size, dice):
+    """Soft blobs of two shades of a colour of a class."""
+    hue = (HUES[name] + dice.randint(-HUE_SPREAD, HUE_SPREAD)) % 360
+    return draw_texture(size, [f'hsl({hue}, 90%, {dice.randint(35, 60)}%)' for _ in range(2)], dice)
+
+
 def draw_image(dice):
     """One image and its objects, as a list of (name, visible box, difficult, truncated)."""
     size = dice.choice(((320, 240), (300, 300), (240, 320)))
-    image = draw_texture(size, [random_color(dice, 25, dice.randint(20, 80)) for _ in '12'], dice)
+    image = draw_background(size, dice)
     names, visible, areas = [], [], []
-    for _ in range(dice.choice((1, 2, 2, 3, 3, 4))):
+    for _ in range(dice.randint(3, 6)):
         name = dice.choice(list(OUTLINES))
         mask = draw_mask(name, size, dice)
-        hue, lightness = random_color(dice, 85, 50), dice.choice((35, 65))
-        colors = (hue, hue.replace('50%)', f'{lightness}%)'))
-        image.paste(draw_texture(size, colors, dice), mask=mask)
+        image.paste(draw_surface(name, size, dice), mask=mask)
         # What is drawn later hides what was drawn before.
         visible = [ImageChops.subtract(earlier, mask) for earlier in visible] + [mask]
         names.append(name)

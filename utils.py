@@ -22,7 +22,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
@@ -53,6 +52,7 @@ def exit_on_user_error(main):
     """Make a script's `main` print a person's slip as one line and exit with 1."""
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        """Call `main` and catch slips."""
         try:
             return main(*args, **kwargs)
         except (UserError, OSError) as error:
@@ -74,11 +74,12 @@ def write_beside(path):
     try:
         yield beside
         os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f'{path} cannot be written ({error.strerror or error}); free some space '
-                        f'or choose another place') from error
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        raise UserError(f'{path} cannot be written ({error}); free some space or choose another '
+                        f'place') from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def make_folder(folder):
@@ -100,7 +101,7 @@ def choose_device(name):
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f'device {name!r} cannot be used here ({reason}); give --device cpu or '
                         f'auto') from error
@@ -233,7 +234,7 @@ def greedy_keep(overlap, max_overlap):
     """
     # [i, j]: box i suppresses box j. Only a better box may, so only the upper triangle counts.
     suppresses = (overlap > max_overlap).triu_(diagonal=1).to(overlap.dtype)
-    keep = torch.ones_like(overlap[..., 0])
+    keep = overlap.new_ones(overlap.shape[:-1])
     while True:
         # A product with a matrix of zeros and ones counts the kept boxes that suppress j.
         n_suppressors = (keep.unsqueeze(-2) @ suppresses).squeeze(-2)
@@ -310,7 +311,7 @@ def read_xml(path):
         return ET.parse(path).getroot()
     except FileNotFoundError as error:
         raise UserError(f'{path}: no such annotation; every image of a split needs one') from error
-    except (ET.ParseError, UnicodeDecodeError) as error:
+    except (ET.ParseError, ValueError, LookupError) as error:  # the last two: of its encoding
         raise UserError(f'{path}: malformed XML ({error}); correct or replace it') from error
 
 
@@ -344,27 +345,20 @@ def read_split(folder, split):
         splits = sorted(path.stem for path in list_path.parent.glob('*.txt'))
         raise UserError(f'{list_path}: no such split; there are: {", ".join(splits[:20])}')
 
-    files = {}
-    for path in sorted((folder / 'JPEGImages').resolve().iterdir(), key=rank_of_suffix):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            files.setdefault(path.stem, path)
+    # Of two images with the same name the one whose ending stands first in IMAGE_SUFFIXES counts.
+    paths = [path for path in (folder / 'JPEGImages').resolve().iterdir()
+             if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path), reverse=True)
+    files = {path.stem: path for path in paths}
     images = []
-    for line in list_path.read_text(encoding='utf-8').splitlines():
-        if not line.strip():
-            continue
+    for line in filter(None, map(str.strip, list_path.read_text('utf-8', 'replace').splitlines())):
         # The lists of a single class have a flag behind the name: '000012 -1'.
-        name = line.strip() if line.strip() in files else line.split()[0]
+        name = line if line in files else line.split()[0]
         if name not in files:
             raise UserError(f'{list_path} names {name!r}, but {folder / "JPEGImages"} has no '
                             f'image of that name; add it, or take the line out')
         images.append((folder.resolve() / 'Annotations' / f'{name}.xml', files[name]))
     return images
-
-
-def rank_of_suffix(path):
-    """Sorts paths so that of two images with the same name the JPEG comes first."""
-    suffix = path.suffix.lower()
-    return IMAGE_SUFFIXES.index(suffix) if suffix in IMAGE_SUFFIXES else len(IMAGE_SUFFIXES), path
 
 
 def check_image(path):
@@ -471,9 +465,8 @@ def write_data_lists(train_splits, test_splits, output_folder, label_map=None, s
         UserError: with the file at fault and what to do.
     """
     output_folder = make_folder(output_folder)
-    lists = {'TRAIN': train_splits, 'TEST': test_splits}
     read = {name: read_splits(splits, label_map, skip_broken, name)
-            for name, splits in lists.items()}
+            for name, splits in (('TRAIN', train_splits), ('TEST', test_splits))}
     if label_map is None:
         all_objects = [objects for _, some, _ in read.values() for objects in some]
         names = sorted({name for objects in all_objects for name in objects['labels']})
@@ -487,21 +480,19 @@ def write_data_lists(train_splits, test_splits, output_folder, label_map=None, s
     files = {'label_map': label_map}
     for name, (paths, objects, _) in read.items():
         files |= {f'{name}_images': paths, f'{name}_objects': objects}
-    with contextlib.ExitStack() as stack:  # all are renamed at the end, or none
+    with contextlib.ExitStack() as stack:  # none is renamed before all are written
         for name, content in files.items():
             path = stack.enter_context(write_beside(output_folder / f'{name}.json'))
             path.write_text(json.dumps(content), encoding='utf-8')
 
-    summary = {'classes': [name for name in label_map if name != 'background'],
-               **{name: dict(counts) for name, (_, _, counts) in read.items()}}
-    for name in lists:
-        counts = summary[name]
-        print(f'{name}: {counts.get("images", 0)} images, {counts.get("objects", 0)} objects')
+    classes = [name for name in label_map if name != 'background']
+    for name, (_, _, counts) in read.items():
+        print(f'{name}: {counts["images"]} images, {counts["objects"]} objects')
         for what in sorted(counts.keys() - {'images', 'objects'}):
             print(f'    {what}: {counts[what]}')
-    print(f'{len(summary["classes"])} classes: {", ".join(summary["classes"])}')
+    print(f'{len(classes)} classes: {", ".join(classes)}')
     print(f'written to {output_folder.resolve()}')
-    return summary
+    return {'classes': classes, **{name: dict(counts) for name, (_, _, counts) in read.items()}}
 
 
 def create_data_lists(voc07_path, voc12_path, output_folder):
@@ -513,8 +504,8 @@ def create_data_lists(voc07_path, voc12_path, output_folder):
 # --------------------------------------------------------------------------------------------------
 # 6. Images
 #
-# An image is a PIL image in RGB, then a uint8 tensor (3, 300, 300), and on the device the floats that
-# the network takes. The augmentation stands beside its only caller, the data set.
+# An image is a PIL image in RGB, then a uint8 tensor (3, 300, 300), and on the device the floats
+# that the network takes. The augmentation stands beside its only caller, the data set.
 # --------------------------------------------------------------------------------------------------
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -525,10 +516,11 @@ SIDE = 300  # pixels of what the network sees
 def to_rgb(image):
     """An RGB copy of a PIL image of any mode: 16 bits are scaled to 8, transparent is white."""
     if image.mode.startswith(('I', 'F')):
-        low, high = image.getextrema()
-        # What fits into 8 bits stays, unless the mode says that there are 16.
-        scale = 1 if high <= 255 and not image.mode.startswith('I;16') else 255 / max(high, 65535)
-        image = image.convert('F').point(lambda value: value * scale + 0).convert('L')
+        has_16_bits = image.mode.startswith('I;16')
+        image = image.convert('F')
+        highest = image.getextrema()[1]
+        scale = 255 / max(highest, 65535) if has_16_bits or highest > 255 else 1
+        image = image.point(lambda value: value * scale + 0).convert('L')
     if image.has_transparency_data:
         image = image.convert('RGBA')
         white = Image.new('RGBA', image.size, 'white')
@@ -610,9 +602,8 @@ def flatten_images(tensors, width=None):
     """One tensor of all images' rows, on the CPU, and the number of each row's image."""
     counts = torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)
     shape = (-1,) if width is None else (-1, width)
-    empty = torch.zeros(0)
     flat = torch.cat([tensor.detach().cpu().reshape(shape) for tensor in tensors]
-                     or [empty.reshape(shape)])
+                     or [torch.zeros(0).reshape(shape)])
     return torch.repeat_interleave(torch.arange(len(counts)), counts), flat
 
 
@@ -707,10 +698,10 @@ def load_checkpoint(path):
         raise UserError(f'{path}: no such checkpoint; train one with train.py, or give its path')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a file that is none raises whatever its bytes happen to mean
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
         raise UserError(f'{path} cannot be read as a checkpoint: truncated, or written by another '
-                        f'program ({str(error).strip().splitlines()[0][:200]}); give one that '
-                        f'train.py wrote') from error
+                        f'program ({reason}); give one that train.py wrote') from error
     if not isinstance(checkpoint, dict):
         raise UserError(f'{path} is not a checkpoint of this program: it holds a '
                         f'{type(checkpoint).__name__}; give one that train.py wrote')

@@ -1,0 +1,700 @@
+"""Measure the parts of this project beside their counterparts in torchvision.
+
+    python benchmark.py --only data loss detect
+
+The two sides take turns (A B A B ...) in one process and on the same input, so that whatever else
+the machine does hits both. The columns are medians; a ratio is the median of the ratios of
+neighbouring measurements, and above 1 this project is faster (or takes less memory).
+
+Letters: N images in a batch, P = 8732 priors, C classes with background 0, O objects in an image.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import functools
+import gc
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import random
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from statistics import median
+from typing import Literal
+
+import torch
+import torchvision
+import tyro
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.ops import box_iou
+from torchvision.transforms import v2
+
+from datasets import FILLER, PascalVOCDataset
+from model import N_PRIORS, SSD300, MultiBoxLoss
+from shapes import draw_image, write_annotation
+from train import choose_precision, make_optimizer
+from utils import (
+    SIDE,
+    UserError,
+    calculate_mAP,
+    choose_device,
+    cxcy_to_gcxgcy,
+    cxcy_to_xy,
+    exit_on_user_error,
+    find_jaccard_overlap,
+    label_map as voc_label_map,
+    make_folder,
+    write_beside,
+    write_data_lists,
+    xy_to_cxcy,
+)
+
+
+@dataclasses.dataclass
+class Parameters:
+    """Measure the parts of this project beside torchvision's."""
+
+    # --- input ---
+    # A folder in VOC layout, whose trainval images the data path reads; none: drawn shapes, as
+    # large as VOC's images but flatter, so quicker to decode.
+    images: str | None = None
+    # A text file, a line an image: name, then xmin ymin xmax ymax class (from 0) for each object,
+    # in pixels counted from 1, both ends included. Objects are drawn from it; none: made up.
+    boxes: str | None = None
+
+    # --- what is measured ---
+    # Names of the rows; none: all. The last three take minutes on a CPU.
+    only: tuple[Literal['data', 'loss', 'detect', 'untrained', 'mAP', 'step', 'inference',
+                        'memory'], ...] = ()
+    # Measurements of each side for a training step, after one to warm up; quicker rows take up to
+    # ten times as many. More if the ratios waver from run to run.
+    repeats: int = 3
+    # Batch sizes of the training step; none: 8 on a CPU, 8 32 128 on a GPU.
+    batches: tuple[int, ...] = ()
+    # cpu, cuda, cuda:1, ...; auto is the GPU where there is one. The data path and the mAP are the
+    # CPU's in any case.
+    device: str = 'auto'
+
+    # --- result ---
+    # A JSON file for the table; none: it is only printed.
+    output: str | None = None
+
+
+# What evaluation asks of a detector (section 3.1 of the paper), the same for both sides.
+MIN_SCORE, MAX_OVERLAP, TOP_K, MAX_CANDIDATES = 0.01, 0.45, 200, 400
+N_CLASSES = len(voc_label_map)
+
+# Floating point operations of one image, a multiplication and an addition counted as two.
+FORWARD_FLOP, STEP_FLOP = 62.75e9, 187.9e9
+
+VOC07_TEST_IMAGES = 4951
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    """A line of the table."""
+
+    what: str
+    unit: str
+    ours: float
+    torchvision: float | None = None
+    ratio: float | None = None      # how many times as good as torchvision
+    note: str = ''
+
+
+# From the seconds that n images took to the number that is shown.
+UNITS = {'images/s': lambda t, n: n / t, 'ms/image': lambda t, n: 1000 * t / n,
+         'ms': lambda t, n: 1000 * t, 's': lambda t, n: t}
+
+
+def measure_in_turn(functions, repeats, device=None):
+    """The seconds that each function takes: for each a list of `repeats` numbers.
+
+    All are called once to warm up, then in turn. Without a device they work on the CPU.
+    """
+    times = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, seconds in zip(functions, times):
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if repeat > 0:
+                seconds.append(time.perf_counter() - start)
+    return times
+
+
+def synchronize(device):
+    """Wait for a GPU, which works on after a call has returned."""
+    if device is not None and device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def ratio_of(slower, faster):
+    """The median of how many times as long the neighbouring measurement took."""
+    return median(a / b for a, b in zip(slower, faster))
+
+
+def row_of_times(what, unit, n, ours, torchvisions=None, note=''):
+    """A row from the seconds that both sides took for n images."""
+    columns = [UNITS[unit](median(times), n) for times in (ours, torchvisions) if times]
+    return Row(what, unit, *columns, ratio=torchvisions and ratio_of(torchvisions, ours), note=note)
+
+
+def extra_memory(device, prepare, *arguments):
+    """The MB that the function `prepare(*arguments)` takes at its peak, above what is in use."""
+    if device is None or device.type == 'cpu':
+        # In a process of its own, where nothing that ran before has left memory to be used again.
+        spawn = multiprocessing.get_context('spawn')
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            return pool.submit(extra_memory_here, prepare, arguments).result()
+    function = prepare(*arguments)
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    function()
+    return (torch.cuda.max_memory_allocated(device) - start) / 1e6
+
+
+def extra_memory_here(prepare, arguments):
+    """`extra_memory()` of this process, on the CPU; it should have done nothing before."""
+    function = prepare(*arguments)
+    gc.collect()
+    # What the preparation left is given back and its peak forgotten, where that can be done.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path('/proc/self/clear_refs').write_text('5')
+    start, _ = process_memory()
+    function()
+    return (process_memory()[1] - start) / 1e6
+
+
+def process_memory():
+    """The bytes that this process has in memory now, and at its peak."""
+    # Not from `getrusage` where there is a choice: there a process begins with its parent's peak.
+    with contextlib.suppress(OSError, KeyError):
+        lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+        status = dict(line.split(':', 1) for line in lines)
+        return tuple(1024 * int(status[key].split()[0]) for key in ('VmRSS', 'VmHWM'))
+    import resource  # not there on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak * (1 if platform.system() == 'Darwin' else 1024),) * 2
+
+
+def row_of_memory(what, device, prepare, *arguments):
+    """A row of the memory that a function takes at its peak, for either side."""
+    ours, theirs = (extra_memory(device, prepare, make, *arguments) for make in SIDES)
+    return Row(f'{what}: memory', 'MB', ours, theirs, theirs / ours)
+
+
+# --------------------------------------------------------------------------------------------------
+# Objects, and outputs of a network that has seen them
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_objects(path):
+    """Objects of many images: a list of (boxes (O, 4) in fractions, labels (O,)), O at least 1.
+
+    Args:
+        path: a file as the parameter `boxes` wants it, or None to make objects up.
+    """
+    if path is None:
+        return make_up_objects(VOC07_TEST_IMAGES)
+    images = []
+    lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows = torch.tensor([float(word) for word in line.split()[1:]]).view(-1, 5)
+            if ((rows[:, 4] < 0) | (rows[:, 4] > N_CLASSES - 2)).any():
+                raise ValueError(f'a class is not from 0 to {N_CLASSES - 2}')
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f'{path}, line {number}: {error}; a line is a name and five numbers '
+                            f'an object: xmin ymin xmax ymax class') from error
+        if len(rows) == 0:
+            continue
+        boxes = rows[:, :4] - torch.tensor([1., 1, 0, 0])
+        # The images' sizes are not in the file; most of VOC's are 500 x 375.
+        size = torch.maximum(boxes[:, 2:].amax(dim=0), torch.tensor([500., 375]))
+        images.append((boxes / size.repeat(2), rows[:, 4].long() + 1))
+    if not images:
+        raise UserError(f'{path} has no objects; give another --boxes, or none')
+    return images
+
+
+def make_up_objects(n_images):
+    """Objects of random place and size, 2.4 an image in the mean, as VOC07 test has them."""
+    dice = torch.Generator().manual_seed(0)
+    counts = 1 + torch.poisson(torch.full((n_images,), 1.4), dice).long()
+    n_objects = int(counts.sum())
+    sides = 0.05 + 0.9 * torch.rand(n_objects, 2, generator=dice) ** 1.5    # small ones prevail
+    corners = (1 - sides) * torch.rand(n_objects, 2, generator=dice)
+    boxes = torch.cat([corners, corners + sides], dim=1)
+    labels = torch.randint(1, N_CLASSES, (n_objects,), generator=dice)
+    return list(zip(boxes.split(counts.tolist()), labels.split(counts.tolist())))
+
+
+def some_objects(path, n_images, device):
+    """The objects of n images of `load_objects()`: lists of boxes and labels."""
+    chosen = random.Random(0).choices(load_objects(path), k=n_images)
+    return ([boxes.to(device) for boxes, _ in chosen], [labels.to(device) for _, labels in chosen])
+
+
+def realistic_outputs(priors_cxcy, boxes, labels, n_candidates=170):
+    """Outputs of a trained network: `n_candidates` an image score above `MIN_SCORE`.
+
+    The priors that overlap an object most find it, the better they lie the surer. Of the others
+    the background is sure. Returns locs (N, P, 4) and scores (N, P, C).
+    """
+    torch.manual_seed(0)
+    shape, device = (len(boxes), N_PRIORS), priors_cxcy.device
+    locs, scores = (torch.randn(*shape, n, device=device) for n in (4, N_CLASSES))
+    scores[:, :, 0] += 12
+    found = [find_jaccard_overlap(b, cxcy_to_xy(priors_cxcy)).max(dim=0) for b in boxes]
+    overlap = torch.stack([values for values, _ in found])     # (N, P)
+    overlap += torch.randn(shape, device=device) / 20
+    bar = overlap.flatten().topk(n_candidates * len(boxes)).values[-1]
+    for i, (_, object_) in enumerate(found):
+        prior = (overlap[i] > bar - 0.1).nonzero().squeeze(1)
+        own = xy_to_cxcy(boxes[i][object_[prior]])
+        locs[i, prior] += cxcy_to_gcxgcy(own, priors_cxcy[prior])
+        # At the bar the probability is MIN_SCORE, above it rises to near 1. A third is mistaken.
+        odds = math.log(MIN_SCORE / (1 - MIN_SCORE)) + 15 * (overlap[i, prior] - bar)
+        wrong = torch.randint(1, N_CLASSES, prior.shape, device=device)
+        class_ = torch.where(torch.rand(prior.shape, device=device) < 1 / 3, wrong,
+                             labels[i][object_[prior]])
+        scores[i, prior, class_] = scores[i, prior, 0] + odds
+    return locs, scores
+
+
+def untrained_outputs(n_images, device):
+    """Outputs of a network at its start: every class of every prior is above `MIN_SCORE`."""
+    torch.manual_seed(0)
+    return (torch.randn(n_images, N_PRIORS, 4, device=device) / 10,
+            torch.randn(n_images, N_PRIORS, N_CLASSES, device=device) / 10)
+
+
+# --------------------------------------------------------------------------------------------------
+# The two sides
+# --------------------------------------------------------------------------------------------------
+
+
+class OurSide:
+    """What is measured of this project."""
+
+    def __init__(self, device):
+        torch.manual_seed(0)
+        self.model = SSD300(N_CLASSES).to(device)
+        self.criterion = MultiBoxLoss(self.model.priors_cxcy).to(device)
+
+    def forward(self, images):
+        """Normalized images (N, 3, 300, 300) to locs (N, P, 4), scores (N, P, C)."""
+        return self.model(images)
+
+    def targets(self, boxes, labels):
+        """What the loss takes of lists of boxes and labels."""
+        return boxes, labels
+
+    def loss(self, locs, scores, targets):
+        """The loss of a batch, a scalar."""
+        return self.criterion(locs, scores, *targets)
+
+    def detect(self, locs, scores):
+        """The detections of a batch."""
+        return self.model.detect_objects(locs, scores, MIN_SCORE, MAX_OVERLAP, TOP_K)
+
+
+class TorchvisionSide:
+    """The same of torchvision's SSD300, with this project's thresholds and priors.
+
+    The pieces of `SSD.forward`, but for the transform of the images, which ours lacks too.
+    """
+
+    def __init__(self, device):
+        torch.manual_seed(0)
+        self.model = ssd300_vgg16(
+            weights=None, weights_backbone=None, num_classes=N_CLASSES, score_thresh=MIN_SCORE,
+            nms_thresh=MAX_OVERLAP, detections_per_img=TOP_K, topk_candidates=MAX_CANDIDATES)
+        self.model.to(device)
+        self.anchors = (cxcy_to_xy(SSD300.create_prior_boxes()) * SIDE).to(device)
+
+    def forward(self, images):
+        """Normalized images (N, 3, 300, 300) to locs (N, P, 4), scores (N, P, C)."""
+        outputs = self.model.head(list(self.model.backbone(images).values()))
+        return outputs['bbox_regression'], outputs['cls_logits']
+
+    def targets(self, boxes, labels):
+        """What the loss takes of lists of boxes and labels."""
+        return [{'boxes': b * SIDE, 'labels': l} for b, l in zip(boxes, labels)]
+
+    def loss(self, locs, scores, targets):
+        """The loss of a batch, a scalar."""
+        matches = [self.model.proposal_matcher(box_iou(target['boxes'], self.anchors))
+                   for target in targets]
+        parts = self.model.compute_loss(targets, {'bbox_regression': locs, 'cls_logits': scores},
+                                        [self.anchors] * len(targets), matches)
+        return parts['classification'] + parts['bbox_regression']
+
+    @torch.no_grad()
+    def detect(self, locs, scores):
+        """The detections of a batch."""
+        return self.model.postprocess_detections(
+            {'bbox_regression': locs, 'cls_logits': scores}, [self.anchors] * len(locs),
+            [(SIDE, SIDE)] * len(locs))
+
+
+SIDES = (OurSide, TorchvisionSide)
+
+
+def formats_of(device):
+    """The number formats that training may use on a device, by name: (dtype, memory format)."""
+    formats = {'float32': (torch.float32, torch.contiguous_format)}
+    if choose_precision('auto', device) == torch.bfloat16:
+        formats['bf16'] = (torch.bfloat16, torch.channels_last)
+    return formats
+
+
+def make_images(n_images, device, memory_format):
+    """Images of noise, as the network takes them."""
+    torch.manual_seed(0)
+    images = torch.randn(n_images, 3, SIDE, SIDE, device=device)
+    return images.contiguous(memory_format=memory_format)
+
+
+def train_step(side, optimizer, dtype, images, targets):
+    """One training step as `train.py` does it."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        locs, scores = side.forward(images)
+    loss = side.loss(locs.float(), scores.float(), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def prepare_step(make_side, boxes_path, batch_size, device, dtype, memory_format):
+    """A function that does a training step.
+
+    The first one, of one image, is done here: gradients and momenta are there afterwards.
+    """
+    side = make_side(device)
+    side.model.train().to(memory_format=memory_format)
+    optimizer = make_optimizer(side.model, 'sgd', weight_decay=5e-4)
+    for group in optimizer.param_groups:
+        group['lr'] = 1e-6  # the numbers stay finite, however many steps there are
+    images = make_images(batch_size, device, memory_format)
+    boxes, labels = some_objects(boxes_path, batch_size, device)
+    train_step(side, optimizer, dtype, images[:1], side.targets(boxes[:1], labels[:1]))
+    return functools.partial(train_step, side, optimizer, dtype, images,
+                             side.targets(boxes, labels))
+
+
+# --------------------------------------------------------------------------------------------------
+# The rows
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_folder(folder, n_images):
+    """A folder in VOC layout of drawn shapes, the images as large as VOC's."""
+    images, annotations, splits = (
+        make_folder(folder / part) for part in ('JPEGImages', 'Annotations', 'ImageSets/Main'))
+    for number in range(n_images):
+        image, objects = draw_image(random.Random(number))
+        factor = 500 / 320
+        image = image.resize([round(side * factor) for side in image.size])
+        objects = [(name, [side * factor for side in box], *marks) for name, box, *marks in objects]
+        image.save(images / f'{number}.jpg', quality=95)
+        write_annotation(annotations / f'{number}.xml', f'{number}.jpg', image.size, objects)
+    (splits / 'trainval.txt').write_text('\n'.join(map(str, range(n_images))) + '\n')
+    return folder
+
+
+def torchvision_item(path, objects, pipeline):
+    """An image file and its objects through torchvision's transforms."""
+    with Image.open(path) as file:
+        image = file.convert('RGB')
+    boxes = tv_tensors.BoundingBoxes(objects['boxes'], dtype=torch.float32, format='XYXY',
+                                     canvas_size=image.size[::-1])
+    return pipeline(image, {'boxes': boxes, 'labels': torch.tensor(objects['labels'])})
+
+
+def measure_data(images_folder, repeats, n_images=100):
+    """From an image file to an augmented tensor (3, 300, 300), and decoding alone."""
+    pipeline = v2.Compose([
+        v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=list(FILLER), side_range=(1, 4)),
+        v2.RandomIoUCrop(), v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes(),
+        v2.Resize((SIDE, SIDE)), v2.PILToTensor()])
+    with tempfile.TemporaryDirectory() as folder:
+        source = images_folder or draw_folder(pathlib.Path(folder) / 'drawn', n_images)
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere), \
+                contextlib.redirect_stderr(nowhere):
+            write_data_lists([(source, 'trainval')], [], folder)
+        dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+        if len(dataset) == 0:
+            raise UserError(f'{source} has no trainval images with objects; give another --images')
+        chosen = range(0, len(dataset), max(1, len(dataset) // n_images))
+        random.seed(0)
+        torch.manual_seed(0)
+        ours, theirs, decoding = measure_in_turn([
+            lambda: [dataset[i] for i in chosen],
+            lambda: [torchvision_item(dataset.images[i], dataset.objects[i], pipeline)
+                     for i in chosen],
+            lambda: [Image.open(dataset.images[i]).convert('RGB') for i in chosen],
+        ], 3 * repeats)
+    return [row_of_times('data: file to augmented tensor', 'images/s', len(chosen), ours, theirs,
+                         'one core'),
+            row_of_times('data: decoding alone', 'images/s', len(chosen), decoding)]
+
+
+def measure_loss(boxes_path, device, repeats, batch_size=32):
+    """The loss of a batch, forward and backward, matching included."""
+    ours, theirs = (make(device) for make in SIDES)
+    boxes, labels = some_objects(boxes_path, batch_size, device)
+    outputs = [output.requires_grad_() for output in untrained_outputs(batch_size, device)]
+    our_targets, their_targets = (side.targets(boxes, labels) for side in (ours, theirs))
+    times = measure_in_turn(
+        [lambda: torch.autograd.grad(ours.loss(*outputs, our_targets), outputs),
+         lambda: torch.autograd.grad(theirs.loss(*outputs, their_targets), outputs)],
+        10 * repeats, device)
+    return [row_of_times(f'loss, batch {batch_size}', 'ms/image', batch_size, *times,
+                         f'{sum(map(len, boxes)) / batch_size:.1f} objects an image')]
+
+
+def measure_detect(boxes_path, device, repeats, batch_size=32):
+    """Detection from the outputs of a trained network."""
+    ours, theirs = (make(device) for make in SIDES)
+    outputs = realistic_outputs(ours.model.priors_cxcy, *some_objects(boxes_path, batch_size,
+                                                                      device))
+    n_candidates = (outputs[1].softmax(dim=2)[:, :, 1:] > MIN_SCORE).sum().item() / batch_size
+    times = measure_in_turn([lambda: ours.detect(*outputs), lambda: theirs.detect(*outputs)],
+                            10 * repeats, device)
+    n_found = sum(map(len, ours.detect(*outputs)[0])) / batch_size
+    return [row_of_times(f'detect, realistic, batch {batch_size}', 'ms/image', batch_size, *times,
+                         f'{n_candidates:.0f} candidates an image, {n_found:.0f} detections')]
+
+
+def prepare_untrained(make_side, batch_size, device):
+    """A function that detects in the outputs of an untrained network."""
+    torch.set_num_threads(1)
+    side = make_side(device)
+    outputs = untrained_outputs(batch_size, device)
+    side.detect(*(output[:1] for output in outputs))
+    return lambda: side.detect(*outputs)
+
+
+def measure_untrained(device, repeats, batch_size=8):
+    """Detection from the outputs of an untrained network, the worst case, and its memory."""
+    sides = [prepare_untrained(make, batch_size, device) for make in SIDES]
+    times = measure_in_turn(sides, repeats, device)
+    what = f'detect, untrained, batch {batch_size}'
+    return [row_of_times(what, 'ms/image', batch_size, *times),
+            row_of_memory(what, device, prepare_untrained, batch_size, device)]
+
+
+def prepare_mAP(boxes_path):
+    """A function that calculates the mAP of 200 detections an image, on as many as in VOC07 test.
+
+    A fifth of the detections are copies of objects, not quite in place, the others are anywhere.
+    """
+    torch.set_num_threads(1)
+    objects = load_objects(boxes_path)
+    dice = torch.Generator().manual_seed(0)
+    counts = torch.tensor([len(boxes) for boxes, _ in objects])
+    true_boxes = torch.cat([boxes for boxes, _ in objects])
+    true_labels = torch.cat([labels for _, labels in objects])
+    difficult = torch.rand(len(true_boxes), generator=dice) < 0.15
+
+    image = torch.arange(len(objects)).repeat_interleave(TOP_K)                     # (D,)
+    place = (torch.rand(len(image), generator=dice) * counts[image]).long()
+    object_ = (counts.cumsum(0) - counts)[image] + place
+    copied = torch.rand(len(image), generator=dice) < 0.2
+    copies = true_boxes[object_]
+    sides = (copies[:, 2:] - copies[:, :2]).repeat(1, 2)
+    copies = copies + 0.1 * sides * torch.randn(copies.shape, generator=dice)
+    anywhere = torch.rand(len(image), 2, 2, generator=dice).sort(dim=1).values.flatten(1)
+    boxes = torch.where(copied.unsqueeze(1), copies, anywhere)
+    labels = torch.randint(1, N_CLASSES, (len(image),), generator=dice)
+    labels = torch.where(copied, true_labels[object_], labels)
+    scores = torch.rand(len(image), generator=dice) * torch.where(copied, 1., 0.5)
+
+    detections = [list(tensor.split(TOP_K)) for tensor in (boxes, labels, scores)]
+    truth = [list(t.split(counts.tolist())) for t in (true_boxes, true_labels, difficult)]
+    return lambda: calculate_mAP(*detections, *truth, voc_label_map)
+
+
+def measure_mAP(boxes_path, repeats):
+    """The mAP of a whole test set, and its memory. torchvision has none."""
+    function = prepare_mAP(boxes_path)
+    _, mAP = function()
+    times, = measure_in_turn([function], repeats)
+    n_images = len(load_objects(boxes_path))
+    return [row_of_times(f'mAP, {n_images:,} images, {n_images * TOP_K:,} detections', 's',
+                         n_images, times, note=f'mAP {mAP:.3f}'),
+            Row('mAP: memory', 'MB', extra_memory(None, prepare_mAP, boxes_path))]
+
+
+def measure_step(boxes_path, batch_size, device, repeats, peak_rate):
+    """A training step: forward, loss, backward, update; one row for each number format."""
+    formats = formats_of(device)
+    times = measure_in_turn([prepare_step(make, boxes_path, batch_size, device, *format_)
+                             for format_ in formats.values() for make in SIDES], repeats, device)
+    rows = []
+    for name, ours, theirs in zip(formats, times[::2], times[1::2]):
+        note = f'{median(ours) / batch_size:.3g} s/image'
+        if name != 'float32':
+            note += f', {ratio_of(times[0], ours):.2f} x float32'
+        if peak_rate and name == 'bf16':
+            note += f', {batch_size * STEP_FLOP / median(ours) / peak_rate:.0%} of peak'
+        rows.append(row_of_times(f'step, batch {batch_size}, {name}', 'images/s', batch_size, ours,
+                                 theirs, note))
+    return rows
+
+
+def infer(side, dtype, images, outputs):
+    """The network forward, then detection in the given outputs (None: no detection).
+
+    Random weights find nothing real, so detection gets what a trained network would give.
+    """
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        side.forward(images)
+    if outputs is not None:
+        side.detect(*outputs)
+
+
+@torch.no_grad()
+def measure_inference(boxes_path, batch_size, device, repeats, peak_rate):
+    """The network forward, without and with detection; two rows for each number format."""
+    rows = []
+    sides = [make(device) for make in SIDES]
+    outputs = realistic_outputs(sides[0].model.priors_cxcy,
+                                *some_objects(boxes_path, batch_size, device))
+    for name, (dtype, memory_format) in formats_of(device).items():
+        images = make_images(batch_size, device, memory_format)
+        for side in sides:
+            side.model.eval().to(memory_format=memory_format)
+        ours, theirs, *with_detection = measure_in_turn(
+            [functools.partial(infer, side, dtype, images, detected)
+             for detected in (None, outputs) for side in sides], 3 * repeats, device)
+        what = f'inference, batch {batch_size}, {name}'
+        unit = 'ms' if batch_size == 1 else 'images/s'
+        note = ''
+        if peak_rate and name == 'bf16':
+            note = f'{batch_size * FORWARD_FLOP / median(ours) / peak_rate:.0%} of peak'
+        rows += [row_of_times(what, unit, batch_size, ours, theirs, note),
+                 row_of_times(f'{what}, detection', unit, batch_size, *with_detection)]
+    return rows
+
+
+def measure_memory(boxes_path, device, batch_size=32):
+    """The peak memory of a training step above its start; one row for each number format."""
+    return [row_of_memory(f'step, batch {batch_size}, {name}', device, prepare_step, boxes_path,
+                          batch_size, device, *format_)
+            for name, format_ in formats_of(device).items()]
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------
+
+
+def describe_machine(device):
+    """What the numbers depend on, as {name: text}."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        processor = next(line.split(': ')[1] for line in lines if line.startswith('model name'))
+    machine = {'processor': f'{processor}, {torch.get_num_threads()} threads'}
+    if device.type == 'cuda':
+        machine['GPU'] = torch.cuda.get_device_name(device)
+    machine |= {'torch': torch.__version__, 'torchvision': torchvision.__version__,
+                'date': datetime.date.today().isoformat()}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        machine['commit'] = subprocess.run(
+            ['git', 'rev-parse', '--short', 'HEAD'], cwd=pathlib.Path(__file__).parent, text=True,
+            capture_output=True, check=True).stdout.strip()
+    return machine
+
+
+def measure_peak_rate(device, side=8192):
+    """The floating point operations a second of a large bf16 matrix product; None on a CPU."""
+    if device.type != 'cuda':
+        return None
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    times, = measure_in_turn([lambda: [matrix @ matrix for _ in range(10)]], 10, device)
+    return 10 * 2 * side ** 3 / median(times)
+
+
+def format_number(value):
+    """Three digits that count, or a dash."""
+    return '-' if value is None else f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+
+
+def print_line(*cells):
+    """One line of the table; it appears at once, since the next may take minutes."""
+    print('{:<46} {:<9} {:>8} {:>12} {:>6}  {}'.format(*cells).rstrip(), flush=True)
+
+
+@exit_on_user_error
+def main(parameters):
+    """Measure the rows that the parameters name, and print them."""
+    p = parameters
+    if p.repeats < 1 or any(size < 1 for size in p.batches):
+        raise UserError(f'repeats is {p.repeats}, batches {p.batches}; give 1 or more')
+    if p.output is not None:
+        make_folder(pathlib.Path(p.output).parent)
+    device = choose_device(p.device)
+    # As train.py sets it.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    load_objects(p.boxes)  # a slip in it shows now
+    machine = describe_machine(device)
+    print('; '.join(f'{name} {text}' for name, text in machine.items()))
+    peak_rate = measure_peak_rate(device)
+    if peak_rate:
+        print(f'peak: {peak_rate / 1e12:.0f} TFLOP/s in a bf16 matrix product')
+
+    gpu = device.type == 'cuda'
+    batches = p.batches or ((8, 32, 128) if gpu else (8,))
+    jobs = [
+        ('data', measure_data, p.images, p.repeats),
+        ('loss', measure_loss, p.boxes, device, p.repeats),
+        ('detect', measure_detect, p.boxes, device, p.repeats),
+        ('untrained', measure_untrained, device, p.repeats),
+        ('mAP', measure_mAP, p.boxes, p.repeats),
+        *(('step', measure_step, p.boxes, n, device, p.repeats, peak_rate) for n in batches),
+        *(('inference', measure_inference, p.boxes, n, device, p.repeats, peak_rate)
+          for n in (1, 32 if gpu else 8)),
+        ('memory', measure_memory, p.boxes, device),
+    ]
+    n_threads = torch.get_num_threads()
+    print_line('what', 'unit', 'ours', 'torchvision', 'ratio', '')
+    rows = []
+    for name, measure, *arguments in jobs:
+        if p.only and name not in p.only:
+            continue
+        # Small operations waver with more threads than one; a worker that loads data has one.
+        torch.set_num_threads(n_threads if name in ('step', 'inference', 'memory') else 1)
+        for row in measure(*arguments):
+            rows.append(row)
+            print_line(row.what, row.unit, format_number(row.ours), format_number(row.torchvision),
+                       '-' if row.ratio is None else f'{row.ratio:.2f}', row.note)
+    if p.output is not None:
+        with write_beside(p.output) as beside:
+            content = {'machine': machine, 'rows': [dataclasses.asdict(row) for row in rows]}
+            beside.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main(tyro.cli(Parameters))

@@ -1,0 +1,177 @@
+"""`detect()`, `predict()` and the command line, with a model that finds what the test wants."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import detect as detect_module
+from detect import Parameters, choose_outputs, detect, draw_objects, main, predict
+from model import SSD300
+from utils import cxcy_to_gcxgcy, distinct_colors, label_map, save_checkpoint, xy_to_cxcy
+
+THRESHOLDS = {'min_score': 0.2, 'max_overlap': 0.5, 'top_k': 200}
+
+
+class FixedModel(SSD300):
+    """Finds the given objects (label number, box in fractions, logit) on every image."""
+
+    def __init__(self, objects, n_classes=21):
+        super().__init__(n_classes)
+        self.objects = objects
+        self.seen = None
+        self.eval()
+
+    def forward(self, image):
+        self.seen = image
+        locs = torch.zeros(len(image), 8732, 4)
+        scores = torch.zeros(len(image), 8732, self.n_classes)
+        scores[..., 0] = 10.
+        for prior, (label, box, logit) in enumerate(self.objects):
+            box = xy_to_cxcy(torch.tensor(box))
+            locs[:, prior] = cxcy_to_gcxgcy(box, self.priors_cxcy[prior])
+            scores[:, prior, label] = logit
+        return locs, scores
+
+
+@pytest.fixture(scope='module')
+def model():
+    return FixedModel([(label_map['dog'], [.1, .2, .5, .6], 20.),
+                       (label_map['cat'], [.5, .5, .9, 1.], 12.)])
+
+
+def test_prediction_is_in_pixels_of_each_image(model):
+    images = [Image.new('RGB', (200, 100)), Image.new('L', (50, 400))]
+    for image, prediction in zip(images, predict(images, **THRESHOLDS, model=model), strict=True):
+        expected = torch.tensor([[.1, .2, .5, .6], [.5, .5, .9, 1.]])
+        expected = expected * torch.tensor([*image.size, *image.size])
+        assert torch.allclose(prediction['boxes'], expected, atol=0.01)
+        assert prediction['labels'] == ['dog', 'cat']
+        assert prediction['scores'].shape == (2,) and prediction['scores'][0] > 0.99
+
+
+def test_nothing_found_is_empty(model):
+    prediction, = predict([Image.new('RGB', (30, 30))], min_score=1., max_overlap=.5, top_k=200,
+                          model=model)
+    assert prediction['boxes'].shape == (0, 4) and prediction['scores'].shape == (0,)
+    assert prediction['labels'] == []
+    assert predict([], **THRESHOLDS, model=model) == []
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'YCbCr', 'I;16', 'I', 'F'])
+def test_any_mode_is_annotated_and_left_alone(model, mode):
+    image = Image.new(mode, (120, 80))
+    before = image.tobytes()
+    annotated = detect(image, **THRESHOLDS, model=model)
+    assert annotated.mode == 'RGB' and annotated.size == image.size
+    assert image.tobytes() == before and image.mode == mode
+    assert annotated is not image and len(set(annotated.getdata())) > 1
+
+
+@pytest.mark.parametrize('size', [(1, 1), (8, 3), (40, 40), (3000, 200), (1500, 2000)])
+def test_any_size_is_annotated(model, size):
+    annotated = detect(Image.new('RGB', size, 'gray'), **THRESHOLDS, model=model)
+    assert annotated.size == size
+    assert annotated.tobytes() != Image.new('RGB', size, 'gray').tobytes()
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_orientation_is_respected_and_not_handed_on(model, orientation):
+    image = Image.new('RGB', (200, 100), 'white')
+    image.paste('black', (0, 0, 100, 50))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, 'png', exif=exif)
+    photo = Image.open(file)
+    upright = ImageOps.exif_transpose(photo)
+
+    prediction, = predict([photo], **THRESHOLDS, model=model)
+    width, height = upright.size
+    assert torch.allclose(prediction['boxes'][0] / torch.tensor([width, height, width, height]),
+                          torch.tensor([.1, .2, .5, .6]), atol=1e-4)
+    seen_upright = model.seen.clone()
+    predict([upright], **THRESHOLDS, model=model)
+    assert torch.equal(seen_upright, model.seen)
+
+    annotated = detect(photo, **THRESHOLDS, model=model)
+    assert annotated.size == upright.size
+    file = io.BytesIO()
+    annotated.save(file, 'jpeg')
+    assert Image.open(file).getexif().get(0x0112, 1) == 1
+
+
+def test_suppressed_classes_are_not_drawn(model):
+    image = Image.new('RGB', (200, 100), 'gray')
+    both = detect(image, **THRESHOLDS, model=model)
+    dog = detect(image, **THRESHOLDS, suppress=['cat'], model=model)
+    nothing = detect(image, **THRESHOLDS, suppress=['cat', 'dog'], model=model)
+    assert nothing.tobytes() == image.tobytes()
+    assert len({both.tobytes(), dog.tobytes(), nothing.tobytes()}) == 3
+    with pytest.raises(ValueError, match='unicorn'):
+        detect(image, **THRESHOLDS, suppress=['unicorn'], model=model)
+
+
+def test_labels_stay_inside_the_image():
+    image = Image.new('RGB', (300, 200))
+    prediction = {'boxes': torch.tensor([[250., 0, 300, 40], [0., 150, 30, 200]]),
+                  'labels': ['diningtable', 'tvmonitor'], 'scores': torch.tensor([.9, .8])}
+    draw_objects(image, prediction, dict.fromkeys(prediction['labels'], '#ff0000'), ())
+    larger = Image.new('RGB', (500, 400))
+    draw_objects(larger, prediction, dict.fromkeys(prediction['labels'], '#ff0000'), ())
+    width = 12 * 10  # of a label, about
+    assert image.crop((300 - width, 0, 250, 8)).getextrema()[0][1] == 255, 'moved to the left'
+
+
+def test_every_class_has_a_colour_of_its_own():
+    many = {'background': 0, **{f'class {i}': i for i in range(1, 81)}}
+    for names in (label_map, many):
+        colors = distinct_colors(names)
+        assert colors.keys() == names.keys() and len(set(colors.values())) == len(names)
+        assert all(len(color) == 7 and color[0] == '#' for color in colors.values())
+
+
+def test_default_model_is_loaded_once(model, monkeypatch, tmp_path):
+    loaded = []
+
+    def load(path):
+        loaded.append(path)
+        return model
+
+    monkeypatch.setattr(detect_module.SSD300, 'from_checkpoint', load)
+    detect_module.default_model.cache_clear()
+    for _ in range(2):
+        detect(Image.new('RGB', (20, 20)), **THRESHOLDS)
+        predict([Image.new('RGB', (20, 20))], **THRESHOLDS)
+    detect_module.default_model.cache_clear()
+    assert loaded == ['./checkpoint_ssd300.pth.tar']
+
+
+# --- the command line ---
+
+
+def test_outputs_are_files_or_go_into_a_folder(tmp_path):
+    folder = tmp_path / 'out'
+    assert choose_outputs(['a.jpg'], tmp_path / 'new' / 'b.PNG') == [tmp_path / 'new' / 'b.PNG']
+    assert choose_outputs(['x/a.jpg', 'y/a.jpg', 'y/b.xyz'], folder) == [
+        folder / 'a.jpg', folder / 'a_2.jpg', folder / 'b.png']
+    assert choose_outputs(['a.jpg'], folder) == [folder / 'a.jpg']
+    (tmp_path / 'folder.png').mkdir()
+    assert choose_outputs(['a.jpg'], tmp_path / 'folder.png') == [tmp_path / 'folder.png' / 'a.jpg']
+
+
+def test_good_inputs_are_annotated_when_others_are_broken(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint('model.pth', model=SSD300(3).state_dict(),
+                    label_map={'background': 0, 'cat': 1, 'dog': 2})
+    Image.new('L', (60, 40)).save('gray.png')
+    (tmp_path / 'broken.jpg').write_bytes(b'no image')
+    with pytest.raises(SystemExit) as stop:
+        main(Parameters(inputs=('broken.jpg', 'gray.png', 'missing.jpg'), checkpoint='model.pth',
+                        output='out', device='cpu'))
+    assert stop.value.code == 1
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['gray.png']
+    error = capsys.readouterr().err
+    assert 'broken.jpg: cannot be read' in error and 'missing.jpg: cannot be read' in error
+    assert '2 of 3 inputs could not be read' in error

@@ -1,0 +1,220 @@
+"""The schedule, the order of the data, and runs of train.py at toy size on the CPU."""
+
+import dataclasses
+import os
+import random
+import signal
+import threading
+
+import pytest
+import torch
+
+import train
+from create_data_lists import Parameters as ListParameters, main as make_lists
+from datasets import PascalVOCDataset
+from model import SSD300
+from utils import load_checkpoint
+
+
+@pytest.fixture
+def lists(make_voc, tmp_path):
+    """A data folder of six training images and two test images of two classes."""
+    images = {f'im{i}': [('cat', (5, 5, 30, 30)), ('dog', (20, 10, 60, 45))] for i in range(6)}
+    voc = make_voc({'train': images, 'test': {'t0': [('cat', (5, 5, 30, 30))], 't1': []}})
+    make_lists(ListParameters(train=(f'{voc}:train',), test=(f'{voc}:test',),
+                              output_folder=str(tmp_path / 'lists')))
+    return str(tmp_path / 'lists')
+
+
+@pytest.fixture
+def parameters(lists, tmp_path):
+    """A run of two iterations of two images."""
+    return train.Parameters(
+        data_folder=lists, pretrained=False, iterations=2, batch_size=2, warmup=2, decay_lr_at=(1,),
+        workers=0, device='cpu', checkpoint=str(tmp_path / 'run' / 'checkpoint.pth.tar'))
+
+
+# --- schedule and optimiser ---
+
+
+def test_rate_rises_in_a_line_and_drops_by_ten():
+    rates = [train.get_lr(i, 1e-3, 4, (6, 8)) for i in range(10)]
+    expected = [.25e-3, .5e-3, .75e-3, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5]
+    assert rates == pytest.approx(expected)
+
+
+def test_paper_schedule_is_the_default():
+    p = train.Parameters()
+    rates = {i: train.get_lr(i, p.lr, p.warmup, p.decay_lr_at)
+             for i in (0, 999, 1000, 79_999, 80_000, 99_999, 100_000, 119_999)}
+    assert list(rates.values()) == pytest.approx([1e-6, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+    assert (p.iterations, p.batch_size, p.optimizer, p.weight_decay) == (120_000, 32, 'sgd', 5e-4)
+
+
+@pytest.mark.parametrize('kind', ['sgd', 'adamw'])
+def test_biases_learn_at_twice_the_rate_and_do_not_decay(kind):
+    model = SSD300(3)
+    optimizer = train.make_optimizer(model, kind, 5e-4)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group['params']}
+    assert len(group_of) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = group_of[id(parameter)]
+        is_bias = name.endswith('bias')
+        assert group['rate_factor'] == (2 if is_bias else 1), name
+        assert group['weight_decay'] == (0 if is_bias else 5e-4), name
+
+
+# --- data ---
+
+
+def test_batches_are_permutations_one_after_the_other():
+    batches = list(train.ShuffledBatches(n_images=10, batch_size=4, seed=1, start=0, end=5))
+    positions, images = zip(*(pair for batch in batches for pair in batch))
+    assert list(positions) == list(range(20))
+    assert sorted(images[:10]) == sorted(images[10:]) == list(range(10))
+    assert images[:10] != images[10:] != tuple(range(10))
+
+
+def test_batches_from_the_middle_are_those_of_the_unbroken_run():
+    whole = list(train.ShuffledBatches(7, 3, seed=5, start=0, end=9))
+    assert list(train.ShuffledBatches(7, 3, seed=5, start=4, end=9)) == whole[4:]
+    assert list(train.ShuffledBatches(7, 3, seed=6, start=0, end=9)) != whole
+
+
+def test_augmentation_depends_on_seed_and_position_not_on_the_workers(lists):
+    dataset = PascalVOCDataset(lists, 'TRAIN')
+    batches = {workers: [images for images, *_ in train.make_loader(
+        dataset, 2, 0, 0, 4, workers, torch.device('cpu'))] for workers in (0, 2)}
+    assert all(torch.equal(a, b) for a, b in zip(batches[0], batches[2], strict=True))
+
+    # The same image at two positions, which two workers handle, is augmented in two ways.
+    items = train.SeededItems(dataset, seed=0)
+    assert not torch.equal(items[0, 3][0], items[1, 3][0])
+    assert torch.equal(items[0, 3][0], items[0, 3][0])
+    assert not torch.equal(items[0, 3][0], train.SeededItems(dataset, seed=1)[0, 3][0])
+
+
+# --- runs ---
+
+
+def run(parameters, **changes):
+    train.main(dataclasses.replace(parameters, **changes))
+
+
+def assert_same(a, b):
+    """Nested dictionaries and lists of tensors and numbers are equal in every bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_resumed_run_equals_the_unbroken_one_in_every_bit(parameters, tmp_path, optimizer):
+    unbroken, broken = str(tmp_path / 'unbroken.pth'), str(tmp_path / 'broken.pth')
+    parameters.optimizer = optimizer
+    run(parameters, checkpoint=unbroken, iterations=3)
+    random.seed(99)  # nothing may depend on where the process's dice stand
+    run(parameters, checkpoint=broken, iterations=1)
+    run(parameters, checkpoint=broken, iterations=3, resume=broken, workers=1)
+    a, b = load_checkpoint(unbroken), load_checkpoint(broken)
+    assert a['iteration'] == b['iteration'] == 3
+    assert_same(a['model'], b['model'])
+    assert_same(a['optimizer'], b['optimizer'])
+
+
+def test_checkpoint_holds_classes_and_parameters(parameters):
+    run(parameters, iterations=1)
+    checkpoint = load_checkpoint(parameters.checkpoint)
+    assert checkpoint['label_map'] == {'background': 0, 'cat': 1, 'dog': 2}
+    assert checkpoint['parameters']['batch_size'] == 2
+    model = SSD300.from_checkpoint(parameters.checkpoint)
+    assert model.label_map == checkpoint['label_map'] and not model.training
+
+
+def test_first_interrupt_finishes_the_iteration_and_saves(parameters, capsys):
+    # The interrupt comes while iteration 1 or 2 of very many is under way.
+    timer = threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    run(parameters, iterations=10_000)
+    timer.join()
+    done = load_checkpoint(parameters.checkpoint)['iteration']
+    assert 1 <= done < 10_000
+    assert f'interrupted; go on with --resume {parameters.checkpoint}' in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_loss_that_is_not_finite_stops_with_iteration_rate_and_parts(parameters, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(parameters, lr=1e30, iterations=8, print_freq=4)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    for part in ('not finite at iteration', 'at a rate of', 'classification', 'localization'):
+        assert part in error
+    assert not os.path.exists(parameters.checkpoint)
+
+
+def test_pretrained_start_loads_the_base(parameters, monkeypatch):
+    loaded = []
+    monkeypatch.setattr('model.VGGBase.load_pretrained_layers', lambda base: loaded.append(base))
+    run(parameters, iterations=1, pretrained=True)
+    assert len(loaded) == 1
+    run(parameters, iterations=2, pretrained=True, resume=parameters.checkpoint)
+    assert len(loaded) == 1, 'a resumed run has its weights already'
+
+
+def test_warnings_of_a_schedule_that_does_not_fit(parameters, capsys):
+    run(parameters, iterations=1, decay_lr_at=train.Parameters().decay_lr_at)
+    out = capsys.readouterr().out
+    assert 'the drop of the rate at 80000 never comes' in out
+    assert '--iterations 1920000 --decay-lr-at 1280000 1600000 --warmup 16000 --lr 6.25e-05' in out
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'batch_size': 7}, ['batch_size is 7', 'only 6 training images']),
+    ({'data_folder': 'nowhere'}, ['nowhere', 'create_data_lists.py']),
+    ({'device': 'cuda:99'}, ["device 'cuda:99'", '--device cpu']),
+    ({'resume': 'nowhere.pth'}, ['nowhere.pth', 'no such checkpoint']),
+    ({'checkpoint': '/dev/null/x.pth'}, ['/dev/null', 'cannot be written']),
+])
+def test_slips_end_in_one_line(parameters, capsys, changes, words):
+    with pytest.raises(SystemExit) as stop:
+        run(parameters, **changes)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in error for word in words), error
+
+
+def test_resume_refuses_what_does_not_fit(parameters, capsys, tmp_path):
+    run(parameters, iterations=1)
+    path = parameters.checkpoint
+
+    def error_of(**changes):
+        with pytest.raises(SystemExit):
+            run(parameters, resume=path, **changes)
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert 'trained with sgd' in error_of(optimizer='adamw')
+    assert 'has 1 iterations already' in error_of(iterations=1)
+    label_map = tmp_path / 'lists' / 'label_map.json'
+    label_map.write_text('{"background": 0, "cat": 1, "horse": 2}')
+    assert "['cat', 'dog']" in error_of() and "['cat', 'horse']" in error_of()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_corrupt_image_is_named_and_stops_the_run(parameters, capsys, tmp_path, workers):
+    for image in (tmp_path / 'voc' / 'JPEGImages').glob('im*.jpg'):
+        image.write_bytes(image.read_bytes()[:300])
+    with pytest.raises(SystemExit) as stop:
+        run(parameters, workers=workers)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 'JPEGImages/im' in error and 'cannot be decoded' in error and 'Traceback' not in error
