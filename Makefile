@@ -24,11 +24,11 @@ demo: setup
 	$(BIN)/python create_data_lists.py --train demo/shapes:trainval --test demo/shapes:test \
 		--output-folder demo/data
 	$(KEEP_MEMORY) $(BIN)/python train.py --data-folder demo/data --no-pretrained \
-		--optimizer adamw --lr 3e-4 --batch-size 8 --iterations 200 --warmup 20 \
-		--decay-lr-at 160 --print-freq 10 --checkpoint demo/checkpoint.pth.tar
+		--no-augment --optimizer adamw --lr 3e-4 --batch-size 8 --iterations 160 --warmup 20 \
+		--decay-lr-at 125 --print-freq 10 --checkpoint demo/checkpoint.pth.tar
 	$(BIN)/python eval.py --data-folder demo/data --checkpoint demo/checkpoint.pth.tar \
 		--batch-size 8
-	$(BIN)/python detect.py demo/shapes/JPEGImages/000601.jpg --output demo/annotated.png \
+	$(BIN)/python detect.py demo/shapes/JPEGImages/001001.jpg --output demo/annotated.png \
 		--checkpoint demo/checkpoint.pth.tar
 
 test: setup

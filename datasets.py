@@ -40,18 +40,18 @@ class PascalVOCDataset(Dataset):
         data_folder: the folder of the lists.
         split: 'TRAIN', augmented, or 'TEST'.
         keep_difficult: keep objects that are marked difficult, in either split.
-        zoom_out: let the augmentation make objects smaller.
+        augment: whether TRAIN is augmented.
 
     Raises:
         UserError: lists that are not there or not lists, images that have moved; from an item, an
             image that cannot be decoded.
     """
 
-    def __init__(self, data_folder, split, keep_difficult=False, zoom_out=True):
+    def __init__(self, data_folder, split, keep_difficult=False, augment=True):
         assert split in ('TRAIN', 'TEST'), f'split is {split!r}, not TRAIN or TEST'
         self.split = split
         self.keep_difficult = keep_difficult
-        self.zoom_out = zoom_out
+        self.augment = augment
         self.images = read_list(data_folder, f'{split}_images')
         self.objects = read_list(data_folder, f'{split}_objects')
         self.label_map = read_list(data_folder, 'label_map')
@@ -79,7 +79,8 @@ class PascalVOCDataset(Dataset):
         if not self.keep_difficult:
             easy = ~difficulties
             boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
-        return transform(image, boxes, labels, difficulties, self.split, self.zoom_out)
+        split = self.split if self.augment else 'TEST'
+        return transform(image, boxes, labels, difficulties, split)
 
 
 def read_list(data_folder, name):
@@ -251,7 +252,7 @@ def cut_out(image, window, change=None):
     return result
 
 
-def transform(image, boxes, labels, difficulties, split, zoom_out=True):
+def transform(image, boxes, labels, difficulties, split):
     """From an image and its objects to what the network sees, augmented in training.
 
     TRAIN: colours, zoom-out, crop, flip and warp, by the dice of Python's `random`. TEST: the
@@ -261,7 +262,6 @@ def transform(image, boxes, labels, difficulties, split, zoom_out=True):
         image: PIL image, RGB.
         boxes, labels, difficulties: (O, 4) in pixels, (O,) int64, (O,) bool.
         split: 'TRAIN' or 'TEST'.
-        zoom_out: whether zoom-out is one of the dice.
 
     Returns:
         image (3, 300, 300) uint8, boxes in fractions, labels, difficulties.
@@ -273,7 +273,7 @@ def transform(image, boxes, labels, difficulties, split, zoom_out=True):
                 boxes / boxes.new_tensor([*image.size, *image.size]), labels, difficulties)
 
     colors = sample_colors()
-    if zoom_out and random.random() < 0.5:
+    if random.random() < 0.5:
         larger = sample_zoom_out(*image.size)
         if len(boxes) == 0 or objects_in(boxes.new_tensor([larger]), boxes).any():
             window = larger

@@ -26,7 +26,7 @@ class Parameters:
     # Where JPEGImages, Annotations and ImageSets go.
     output_folder: str = './demo/shapes'
     # Images of the split trainval, to learn from.
-    n_train: int = 600
+    n_train: int = 1000
     # Images of the split test, to evaluate on.
     n_test: int = 100
     # The same number draws the same images.
@@ -67,8 +67,8 @@ def draw_texture(size, colors, dice):
 
 def draw_mask(name, size, dice):
     """The mask of one shape of random size, tilt and place; its centre is inside the image."""
-    radius = dice.uniform(0.09, 0.19) * min(size) * SUPERSAMPLING
-    stretch, tilt = dice.uniform(0.8, 1.25), math.radians(dice.uniform(-15, 15))
+    radius = dice.uniform(0.11, 0.18) * min(size) * SUPERSAMPLING
+    stretch, tilt = dice.uniform(0.9, 1.1), math.radians(dice.uniform(-15, 15))
     cx, cy = (dice.uniform(0.12, 0.88) * side * SUPERSAMPLING for side in size)
     points = []
     for x, y in OUTLINES[name]:

@@ -359,16 +359,23 @@ def test_bfloat16_gives_finite_predictions(model, images):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_conv4_3_is_normalized_to_length_20(small_model, forward_from, dtype):
+def test_conv4_3_is_normalized_to_length_20(small_model, dtype):
     conv4_3 = torch.rand(1, 512, 38, 38) * 1000     # whose squares float16 cannot hold
     conv4_3[0, :, 5, 7] = 0
-    seen = []
-    hook = small_model.pred_convs.register_forward_pre_hook(lambda _, maps: seen.extend(maps))
-    forward_from(conv4_3.to(dtype), torch.rand(1, 1024, 19, 19))
-    hook.remove()
+    rescaled = small_model.rescale(conv4_3.to(dtype))
+    assert rescaled.dtype == dtype
     length = torch.full((38, 38), 20.)
     length[5, 7] = 0
-    torch.testing.assert_close(seen[0][0].norm(dim=0), length, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(rescaled[0].float().norm(dim=0), length, rtol=1e-3, atol=1e-6)
+
+
+def test_predictions_are_made_from_the_rescaled_conv4_3(small_model, forward_from):
+    conv4_3 = torch.rand(1, 512, 38, 38)
+    seen = []
+    hook = small_model.pred_convs.register_forward_pre_hook(lambda _, maps: seen.extend(maps))
+    forward_from(conv4_3, torch.rand(1, 1024, 19, 19))
+    hook.remove()
+    torch.testing.assert_close(seen[0], small_model.rescale(conv4_3))
 
 
 def test_a_cell_of_zeros_has_finite_gradients_and_the_factors_learn(small_model, forward_from):
