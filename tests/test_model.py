@@ -366,7 +366,7 @@ def test_conv4_3_is_normalized_to_length_20(small_model, dtype):
     assert rescaled.dtype == dtype
     length = torch.full((38, 38), 20.)
     length[5, 7] = 0
-    torch.testing.assert_close(rescaled[0].float().norm(dim=0), length, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(rescaled[0].float().norm(dim=0), length, rtol=2e-3, atol=1e-6)
 
 
 def test_predictions_are_made_from_the_rescaled_conv4_3(small_model, forward_from):
