@@ -1,7 +1,7 @@
 """SSD300: the network, its priors, its loss, and the way from its output to boxes.
 
-Read it top to bottom: the table of feature maps, the four parts of the network from the image to
-the predictions, the network itself, and the loss it is trained with.
+Read it top to bottom: the table of feature maps; base, auxiliary and prediction convolutions; the
+steps from predictions to boxes; the network made of all these; the steps of the loss, and the loss.
 
 Paper: Liu et al., "SSD: Single Shot MultiBox Detector", 2016, https://arxiv.org/abs/1512.02325
 
@@ -266,6 +266,82 @@ class PredictionConvolutions(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# From the network's output to boxes: the steps of SSD300.detect_objects()
+# --------------------------------------------------------------------------------------------------
+
+
+def find_candidates(log_probs, min_score):
+    """Which (image, class, prior) score above `min_score`, at most 400 of an image's class.
+
+    Works on the logarithms of the probabilities, since hardly one in a thousand is ever looked at
+    again.
+
+    Args:
+        log_probs: (N, P, C - 1), without the background.
+
+    Returns:
+        For the M candidates: group (image * (C - 1) + class), prior, log_prob, (M,) each.
+    """
+    n_images, n_priors, n_classes = log_probs.shape
+    bar = math.log(max(min_score, torch.finfo(torch.float32).tiny))
+    image, prior, class_ = (log_probs > bar).nonzero(as_tuple=True)
+    group = image * n_classes + class_
+
+    # Only an early network has more than 400 in a class. Those classes pick their best anew.
+    crowded = torch.bincount(group, minlength=n_images * n_classes) > MAX_CANDIDATES_PER_CLASS
+    calm = ~crowded[group]
+    crowded = crowded.nonzero().squeeze(1)                              # (R,)
+    rows = log_probs[crowded // n_classes, :, crowded % n_classes]      # (R, P)
+    best = rows.topk(min(MAX_CANDIDATES_PER_CLASS, n_priors), dim=1).indices
+    group = torch.cat([group[calm], crowded.repeat_interleave(best.shape[1])])
+    prior = torch.cat([prior[calm], best.flatten()])
+    return group, prior, log_probs[group // n_classes, prior, group % n_classes]
+
+
+def rank_in_group(group):
+    """The place of each element in its group, from 0: (M,) for sorted group numbers (M,)."""
+    counts = torch.bincount(group)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(group), device=group.device) - starts[group]
+
+
+def suppress_in_groups(boxes, group, max_overlap):
+    """Non-maximum suppression in many groups at a time.
+
+    Args:
+        boxes: (M, 4), sorted by group and in a group by falling score.
+        group: (M,), sorted group numbers.
+
+    Returns:
+        (M,) bool, True where the box is kept.
+    """
+    if len(group) == 0:
+        return torch.ones_like(group, dtype=torch.bool)
+    # One row a group, the longest group first, filled up with boxes of no area, which overlap
+    # nothing.
+    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
+    rank = rank_in_group(row)
+    counts, by_size = counts.sort(descending=True)
+    row = by_size.argsort()[row]
+    counts = counts.tolist()
+    padded = boxes.new_zeros(len(counts), counts[0], 4)
+    padded[row, rank] = boxes
+    keep = torch.ones(padded.shape[:2], dtype=torch.bool, device=boxes.device)
+
+    # Groups of like size go together, since the work grows with the square of the longest.
+    start = 0
+    while start < len(counts) and counts[start] > 1:
+        longest = counts[start]
+        end = min(len(counts), start + max(1, MAX_OVERLAPS_AT_ONCE // longest ** 2))
+        while 2 * counts[end - 1] < longest:
+            end -= 1
+        some = padded[start:end, :longest]
+        keep[start:end, :longest] = greedy_keep(find_jaccard_overlap(some, some), max_overlap)
+        start = end
+    return keep[row, rank]
+
+
+# --------------------------------------------------------------------------------------------------
 # The network
 # --------------------------------------------------------------------------------------------------
 
@@ -403,80 +479,116 @@ class SSD300(nn.Module):
                 list(score[order].split(counts)))
 
 
-def find_candidates(log_probs, min_score):
-    """Which (image, class, prior) score above `min_score`, at most 400 of an image's class.
-
-    Works on the logarithms of the probabilities, since hardly one in a thousand is ever looked at
-    again.
-
-    Args:
-        log_probs: (N, P, C - 1), without the background.
-
-    Returns:
-        For the M candidates: group (image * (C - 1) + class), prior, log_prob, (M,) each.
-    """
-    n_images, n_priors, n_classes = log_probs.shape
-    bar = math.log(max(min_score, torch.finfo(torch.float32).tiny))
-    image, prior, class_ = (log_probs > bar).nonzero(as_tuple=True)
-    group = image * n_classes + class_
-
-    # Only an early network has more than 400 in a class. Those classes pick their best anew.
-    crowded = torch.bincount(group, minlength=n_images * n_classes) > MAX_CANDIDATES_PER_CLASS
-    calm = ~crowded[group]
-    crowded = crowded.nonzero().squeeze(1)                              # (R,)
-    rows = log_probs[crowded // n_classes, :, crowded % n_classes]      # (R, P)
-    best = rows.topk(min(MAX_CANDIDATES_PER_CLASS, n_priors), dim=1).indices
-    group = torch.cat([group[calm], crowded.repeat_interleave(best.shape[1])])
-    prior = torch.cat([prior[calm], best.flatten()])
-    return group, prior, log_probs[group // n_classes, prior, group % n_classes]
-
-
-def rank_in_group(group):
-    """The place of each element in its group, from 0: (M,) for sorted group numbers (M,)."""
-    counts = torch.bincount(group)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(group), device=group.device) - starts[group]
-
-
-def suppress_in_groups(boxes, group, max_overlap):
-    """Non-maximum suppression in many groups at a time.
-
-    Args:
-        boxes: (M, 4), sorted by group and in a group by falling score.
-        group: (M,), sorted group numbers.
-
-    Returns:
-        (M,) bool, True where the box is kept.
-    """
-    if len(group) == 0:
-        return torch.ones_like(group, dtype=torch.bool)
-    # One row a group, the longest group first, filled up with boxes of no area, which overlap
-    # nothing.
-    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
-    rank = rank_in_group(row)
-    counts, by_size = counts.sort(descending=True)
-    row = by_size.argsort()[row]
-    counts = counts.tolist()
-    padded = boxes.new_zeros(len(counts), counts[0], 4)
-    padded[row, rank] = boxes
-    keep = torch.ones(padded.shape[:2], dtype=torch.bool, device=boxes.device)
-
-    # Groups of like size go together, since the work grows with the square of the longest.
-    start = 0
-    while start < len(counts) and counts[start] > 1:
-        longest = counts[start]
-        end = min(len(counts), start + max(1, MAX_OVERLAPS_AT_ONCE // longest ** 2))
-        while 2 * counts[end - 1] < longest:
-            end -= 1
-        some = padded[start:end, :longest]
-        keep[start:end, :longest] = greedy_keep(find_jaccard_overlap(some, some), max_overlap)
-        start = end
-    return keep[row, rank]
-
-
 # --------------------------------------------------------------------------------------------------
 # The loss
 # --------------------------------------------------------------------------------------------------
+
+
+def join_key(overlap, number):
+    """One int64 that sorts by overlap and then by number, both from 0 up.
+
+    The bits of such floats, read as whole numbers, sort like the floats.
+    """
+    return (overlap.view(torch.int32).long() << 32) + number
+
+
+def split_key(key):
+    """The overlap and the number that `join_key()` joined."""
+    return (key >> 32).int().view(torch.float32), key & 0xffffffff
+
+
+def own_priors(overlap, image, n_images, most):
+    """One prior for every object, no two objects of an image the same.
+
+    Of all pairs of an object and a prior the one that overlaps most is taken, then the best of
+    the pairs left, and so on (equal overlaps: lower object, then lower prior). A pair that does
+    not overlap is never taken.
+
+    With `most` objects in an image, others can take at most `most - 1` priors from an object: its
+    `most` best are all that need looking at, and the rounds work on a handful of numbers.
+
+    Args:
+        overlap: (T, P), of the objects of all images with the priors.
+        image: (T,), sorted: the image of each object.
+        n_images: N, so that images without objects count.
+        most: the number of objects in the image that has the most.
+
+    Returns:
+        (T,) the prior of each object, -1 where nothing overlaps or nothing is left.
+    """
+    n_objects, n_priors = overlap.shape
+    device = overlap.device
+    # Which of two equal values `topk` returns is open, so the prior joins the key.
+    keys = join_key(overlap, n_priors - 1 - torch.arange(n_priors, device=device))
+    overlap, prior = split_key(keys.topk(min(most, n_priors), dim=1).values)    # (T, K)
+    prior = n_priors - 1 - prior
+
+    # From one list of objects to a row an image, filled up with overlaps of 0: (N, most, K)
+    first = torch.searchsorted(image, torch.arange(n_images, device=device))
+    place = torch.arange(n_objects, device=device) - first[image]       # (T,)
+    left = overlap.new_zeros(n_images, most, prior.shape[1])
+    left[image, place] = overlap
+    priors = torch.full_like(left, -1, dtype=torch.long)
+    priors[image, place] = prior
+
+    row = torch.arange(n_images, device=device)
+    own = torch.full((n_images, most), -1, device=device)
+    for _ in range(most):
+        best, pair = left.flatten(1).max(dim=1)                         # (N,), the first of equals
+        object_, taken = pair // left.shape[2], priors.flatten(1)[row, pair]
+        own[row, object_] = torch.where(best > 0, taken, own[row, object_])
+        left[row, object_] = 0
+        left = left.masked_fill(priors == taken.view(-1, 1, 1), 0)
+    return own[image, place]
+
+
+def hard_negatives(losses, positive, n_wanted):
+    """The negatives with the highest losses.
+
+    How many differs from image to image, and `topk` wants one number that the host knows. So each
+    image gets as many infinite losses beside its own that P are taken in each.
+
+    Args:
+        losses: (N, P).
+        positive: (N, P) bool, never chosen.
+        n_wanted: (N, 1), how many; fewer are chosen where there are fewer negatives.
+
+    Returns:
+        (N, P) bool.
+    """
+    n_priors = losses.shape[1]
+    n_wanted = torch.minimum(n_wanted, (~positive).sum(dim=1, keepdim=True))
+    losses = losses.masked_fill(positive, -math.inf)
+    places = torch.arange(n_priors, device=losses.device)
+    filler = torch.where(places < n_priors - n_wanted, math.inf, -math.inf)     # (N, P)
+    chosen = torch.cat([losses, filler.to(losses)], dim=1)                      # (N, 2P)
+    chosen = chosen.topk(n_priors, dim=1, sorted=False).indices
+    mask = torch.zeros(len(losses), 2 * n_priors, dtype=torch.bool, device=losses.device)
+    return mask.scatter_(1, chosen, True)[:, :n_priors]
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Cross entropy of every row: scores (..., C) and classes (...) to (...).
+
+    The same numbers as `F.cross_entropy(reduction='none')`. The (N, P, C) tensors are the largest
+    of the loss, so there is one here where autograd has three: the gradient takes the place of the
+    logarithms. A second backward pass is therefore an error.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, classes):
+        """Minus the logarithm of the class's softmax."""
+        log_probs, classes = scores.log_softmax(dim=-1), classes.unsqueeze(-1)
+        ctx.save_for_backward(log_probs, classes)
+        return -log_probs.gather(-1, classes).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """The softmax, less 1 at the class, times the incoming gradient."""
+        log_probs, classes = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        return log_probs.exp_().mul_(grad).scatter_add_(-1, classes, -grad), None
 
 
 class MultiBoxLoss(nn.Module):
@@ -584,110 +696,3 @@ class MultiBoxLoss(nn.Module):
         object_ = object_.clamp(min=0)      # that of an image without objects, never taken
         true_cxcy = torch.where(taken.unsqueeze(2), xy_to_cxcy(boxes)[object_], true_cxcy)
         return true_cxcy, torch.where(taken, labels[object_], true_classes)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Cross entropy of every row: scores (..., C) and classes (...) to (...).
-
-    The same numbers as `F.cross_entropy(reduction='none')`. The (N, P, C) tensors are the largest
-    of the loss, so there is one here where autograd has three: the gradient takes the place of the
-    logarithms. A second backward pass is therefore an error.
-    """
-
-    @staticmethod
-    def forward(ctx, scores, classes):
-        """Minus the logarithm of the class's softmax."""
-        log_probs, classes = scores.log_softmax(dim=-1), classes.unsqueeze(-1)
-        ctx.save_for_backward(log_probs, classes)
-        return -log_probs.gather(-1, classes).squeeze(-1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        """The softmax, less 1 at the class, times the incoming gradient."""
-        log_probs, classes = ctx.saved_tensors
-        grad = grad.unsqueeze(-1)
-        return log_probs.exp_().mul_(grad).scatter_add_(-1, classes, -grad), None
-
-
-def join_key(overlap, number):
-    """One int64 that sorts by overlap and then by number, both from 0 up.
-
-    The bits of such floats, read as whole numbers, sort like the floats.
-    """
-    return (overlap.view(torch.int32).long() << 32) + number
-
-
-def split_key(key):
-    """The overlap and the number that `join_key()` joined."""
-    return (key >> 32).int().view(torch.float32), key & 0xffffffff
-
-
-def own_priors(overlap, image, n_images, most):
-    """One prior for every object, no two objects of an image the same.
-
-    Of all pairs of an object and a prior the one that overlaps most is taken, then the best of
-    the pairs left, and so on (equal overlaps: lower object, then lower prior). A pair that does
-    not overlap is never taken.
-
-    With `most` objects in an image, others can take at most `most - 1` priors from an object: its
-    `most` best are all that need looking at, and the rounds work on a handful of numbers.
-
-    Args:
-        overlap: (T, P), of the objects of all images with the priors.
-        image: (T,), sorted: the image of each object.
-        n_images: N, so that images without objects count.
-        most: the number of objects in the image that has the most.
-
-    Returns:
-        (T,) the prior of each object, -1 where nothing overlaps or nothing is left.
-    """
-    n_objects, n_priors = overlap.shape
-    device = overlap.device
-    # Which of two equal values `topk` returns is open, so the prior joins the key.
-    keys = join_key(overlap, n_priors - 1 - torch.arange(n_priors, device=device))
-    overlap, prior = split_key(keys.topk(min(most, n_priors), dim=1).values)    # (T, K)
-    prior = n_priors - 1 - prior
-
-    # From one list of objects to a row an image, filled up with overlaps of 0: (N, most, K)
-    first = torch.searchsorted(image, torch.arange(n_images, device=device))
-    place = torch.arange(n_objects, device=device) - first[image]       # (T,)
-    left = overlap.new_zeros(n_images, most, prior.shape[1])
-    left[image, place] = overlap
-    priors = torch.full_like(left, -1, dtype=torch.long)
-    priors[image, place] = prior
-
-    row = torch.arange(n_images, device=device)
-    own = torch.full((n_images, most), -1, device=device)
-    for _ in range(most):
-        best, pair = left.flatten(1).max(dim=1)                         # (N,), the first of equals
-        object_, taken = pair // left.shape[2], priors.flatten(1)[row, pair]
-        own[row, object_] = torch.where(best > 0, taken, own[row, object_])
-        left[row, object_] = 0
-        left = left.masked_fill(priors == taken.view(-1, 1, 1), 0)
-    return own[image, place]
-
-
-def hard_negatives(losses, positive, n_wanted):
-    """The negatives with the highest losses.
-
-    How many differs from image to image, and `topk` wants one number that the host knows. So each
-    image gets as many infinite losses beside its own that P are taken in each.
-
-    Args:
-        losses: (N, P).
-        positive: (N, P) bool, never chosen.
-        n_wanted: (N, 1), how many; fewer are chosen where there are fewer negatives.
-
-    Returns:
-        (N, P) bool.
-    """
-    n_priors = losses.shape[1]
-    n_wanted = torch.minimum(n_wanted, (~positive).sum(dim=1, keepdim=True))
-    losses = losses.masked_fill(positive, -math.inf)
-    places = torch.arange(n_priors, device=losses.device)
-    filler = torch.where(places < n_priors - n_wanted, math.inf, -math.inf)     # (N, P)
-    chosen = torch.cat([losses, filler.to(losses)], dim=1)                      # (N, 2P)
-    chosen = chosen.topk(n_priors, dim=1, sorted=False).indices
-    mask = torch.zeros(len(losses), 2 * n_priors, dtype=torch.bool, device=losses.device)
-    return mask.scatter_(1, chosen, True)[:, :n_priors]

@@ -90,8 +90,7 @@ def make_folder(folder):
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f'{folder} cannot be written ({error.strerror}); choose another '
-                        f'folder') from error
+        raise UserError(f'{folder} cannot be written ({error}); choose another folder') from error
     return folder
 
 
@@ -252,8 +251,7 @@ def non_max_suppression(boxes, scores, max_overlap):
         scores: (K,)
 
     Returns:
-        Indices of the kept boxes by falling score, (n,) int64; of equal scores the lower index
-        first. Memory grows with K squared.
+        Indices of the kept boxes, (n,) int64, by falling score and then by rising index.
     """
     order = scores.argsort(descending=True, stable=True)
     return order[greedy_keep(find_jaccard_overlap(boxes[order], boxes[order]), max_overlap)]
@@ -381,8 +379,7 @@ def check_image(path):
 def clean_objects(objects, width, height):
     """Clip an image's boxes to it and drop those without area.
 
-    Returns:
-        The objects that are left, in new lists, and a Counter of what was done.
+    Returns the objects that are left, in new lists, and a Counter of what was done.
     """
     cleaned, done = {'boxes': [], 'labels': [], 'difficulties': []}, Counter()
     for box, label, difficult in zip(*objects.values()):
@@ -400,10 +397,7 @@ def clean_objects(objects, width, height):
 
 
 def read_objects(annotation_path, image_path, label_map, skip_broken):
-    """The cleaned objects of one image, and a Counter of what was done.
-
-    A broken image has no objects to give: None, if `skip_broken` lets it pass.
-    """
+    """An image's cleaned objects (None if it is broken and may be), and what was done."""
     objects = parse_annotation(annotation_path, label_map)
     try:
         size = check_image(image_path)
@@ -460,9 +454,6 @@ def write_data_lists(train_splits, test_splits, output_folder, label_map=None, s
     Returns:
         The summary, which is printed too: {'classes': [names], 'TRAIN': {what: count}, 'TEST':
         {what: count}}.
-
-    Raises:
-        UserError: with the file at fault and what to do.
     """
     output_folder = make_folder(output_folder)
     read = {name: read_splits(splits, label_map, skip_broken, name)
