@@ -3,7 +3,7 @@
     python create_data_lists.py --voc07-path VOCdevkit/VOC2007 --voc12-path VOCdevkit/VOC2012
     python create_data_lists.py --train cells:trainval --test cells:test
 
-Without an argument it does what `--voc07-path VOC2007 --voc12-path VOC2012` does.
+Without an argument it does what the first line does.
 """
 
 import dataclasses

@@ -237,7 +237,9 @@ def cut_out(image, window, change=None):
     spans = []
     for low, high, side in zip(window[:2], window[2:], image.size):
         step = (high - low) / SIDE
-        first, last = max(0, math.ceil(-low / step)), min(SIDE, math.floor((side - low) / step))
+        # Rounding must not cost a pixel: 21 / (21 / 300) is a little less than 300.
+        first = max(0, math.ceil(-low / step - 1e-6))
+        last = min(SIDE, math.floor((side - low) / step + 1e-6))
         spans.append((first, last, max(0., low + first * step), min(side, low + last * step)))
     (left, right, x_min, x_max), (top, bottom, y_min, y_max) = spans
     result = Image.new('RGB', (SIDE, SIDE), FILLER)

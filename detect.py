@@ -60,6 +60,9 @@ class Parameters:
     device: str = 'auto'
 
 
+BATCH_SIZE = 32  # images that the network sees at a time
+
+
 @functools.cache
 def default_model():
     """The model of the parameters' default checkpoint, loaded at the first call and kept."""
@@ -81,6 +84,9 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None):
         For each image {'boxes': (n, 4) corners in pixels of the upright image, 'labels': [names],
         'scores': (n,)}, by falling score, on the CPU.
     """
+    if len(images) > BATCH_SIZE:
+        return [prediction for start in range(0, len(images), BATCH_SIZE) for prediction in predict(
+            images[start:start + BATCH_SIZE], min_score, max_overlap, top_k, model)]
     if len(images) == 0:
         return []
     model = default_model() if model is None else model
@@ -128,7 +134,7 @@ def detect(original_image, min_score=0.2, max_overlap=0.5, top_k=200, suppress=N
 def draw_objects(image, prediction, colors, suppress):
     """Draw boxes and labels onto an image, the best detection last and so on top."""
     draw = ImageDraw.Draw(image)
-    # A fortieth of the shorter side can be read at any size that is looked at as a whole.
+    # A thirtieth of the shorter side can be read at any size that is looked at as a whole.
     height = max(10, round(min(image.size) / 30))
     font = ImageFont.load_default(height)  # Pillow's own, so it is always there
     line = max(1, round(height / 6))
@@ -170,6 +176,14 @@ def choose_outputs(inputs, output):
     return outputs
 
 
+def check_outputs(inputs, outputs):
+    """A UserError if an output would replace an input."""
+    replaced = {pathlib.Path(path).resolve() for path in inputs} & {p.resolve() for p in outputs}
+    if replaced:
+        raise UserError(f'{replaced.pop()} would be replaced by its annotated version; give '
+                        f'another --output')
+
+
 @exit_on_user_error
 def main(parameters):
     """Annotate all inputs; one that cannot be read is named and passed over."""
@@ -179,12 +193,15 @@ def main(parameters):
     model = SSD300.from_checkpoint(p.checkpoint)
     model = model.to(choose_device(p.device), memory_format=torch.channels_last)
     outputs = choose_outputs(p.inputs, p.output)
+    check_outputs(p.inputs, outputs)
     n_failed = 0
     for path, output in zip(tqdm(p.inputs, unit='image', disable=len(p.inputs) == 1), outputs):
         try:
             with Image.open(path) as image:
                 annotated = detect(image, p.min_score, p.max_overlap, p.top_k, p.suppress, model)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except UserError:
+            raise
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             tqdm.write(f'{path}: cannot be read ({error}); passed over', file=sys.stderr)
             n_failed += 1
             continue

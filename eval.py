@@ -17,6 +17,7 @@ from model import SSD300
 from utils import (
     UserError,
     calculate_mAP,
+    check_at_least,
     choose_device,
     exit_on_user_error,
     normalize,
@@ -90,7 +91,10 @@ def print_table(average_precisions, mean):
 @exit_on_user_error
 def main(parameters):
     """Evaluate as the parameters say."""
+    check_at_least(1, batch_size=parameters.batch_size)
+    check_at_least(0, workers=parameters.workers)
     device = choose_device(parameters.device)
+    torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the convolutions' factors to 10 bits
     model = SSD300.from_checkpoint(parameters.checkpoint)
     dataset = PascalVOCDataset(parameters.data_folder, 'TEST', keep_difficult=True)
     if len(dataset) == 0:

@@ -16,7 +16,7 @@ import tyro
 from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
-from utils import exit_on_user_error, make_folder
+from utils import exit_on_user_error, make_folder, write_beside
 
 
 @dataclasses.dataclass
@@ -154,10 +154,13 @@ def main(parameters):
         for number in tqdm(range(n_drawn + 1, n_drawn + 1 + n_images), split):
             name = f'{number:06d}'
             image, objects = draw_image(random.Random(f'{parameters.seed} {number}'))
-            image.save(images / f'{name}.jpg', quality=90)
-            write_annotation(annotations / f'{name}.xml', f'{name}.jpg', image.size, objects)
+            with write_beside(images / f'{name}.jpg') as beside:
+                image.save(beside, quality=90)
+            with write_beside(annotations / f'{name}.xml') as beside:
+                write_annotation(beside, f'{name}.jpg', image.size, objects)
             names.append(name)
-        (splits / f'{split}.txt').write_text('\n'.join(names) + '\n')
+        with write_beside(splits / f'{split}.txt') as beside:
+            beside.write_text('\n'.join(names) + '\n')
         n_drawn += n_images
     print(f'{n_drawn} images drawn in {root}')
 

@@ -25,6 +25,7 @@ from datasets import PascalVOCDataset, collate_fn
 from model import SSD300, MultiBoxLoss
 from utils import (
     UserError,
+    check_at_least,
     choose_device,
     exit_on_user_error,
     load_checkpoint,
@@ -64,7 +65,8 @@ class Parameters:
     # Keeps weights small; biases are left alone.
     weight_decay: float = 5e-4
     # Numbers that the convolutions work in: bf16 halves time and memory where the device has it,
-    # and auto takes it there. Weights and loss stay in float32.
+    # and auto takes it there. Weights and loss stay in float32. (A GPU's float32 convolutions round
+    # their factors to TF32's 10 bits.)
     precision: Literal['auto', 'bf16', 'float32'] = 'auto'
 
     # --- schedule, in iterations of the batch above ---
@@ -89,6 +91,11 @@ class Parameters:
     seed: int = 0
     # cpu, cuda, cuda:1, ...; auto is the GPU where there is one.
     device: str = 'auto'
+
+
+# What must not change for a resumed run to end as an unbroken one.
+GOES_ON_ALIKE = ('batch_size', 'lr', 'weight_decay', 'precision', 'decay_lr_at', 'warmup', 'seed',
+                 'augment')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,9 +192,6 @@ def ignore_interrupt(worker_id):
 
 def make_loader(dataset, batch_size, seed, start, end, workers, device):
     """The batches of iterations `start` to `end`, in their order."""
-    if batch_size > len(dataset):
-        raise UserError(f'batch_size is {batch_size}, but there are only {len(dataset)} training '
-                        f'images; give --batch-size {len(dataset)} or less')
     return DataLoader(
         SeededItems(dataset, seed), collate_fn=collate_fn, num_workers=workers,
         batch_sampler=ShuffledBatches(len(dataset), batch_size, seed, start, end),
@@ -293,36 +297,38 @@ def train(model, criterion, optimizer, loader, start, end, rate_of, dtype, print
     return iteration
 
 
-def describe(parameters, dataset, device, dtype, start):
-    """Print what the run will do, and warn of a schedule that does not fit."""
-    p = parameters
-    print(f'{device}, {str(dtype).removeprefix("torch.")}; {len(dataset)} images, '
-          f'{len(dataset.label_map) - 1} classes, {p.workers} workers')
-    print(f'iterations {start} to {p.iterations} of {p.batch_size} images '
-          f'({p.iterations * p.batch_size / len(dataset):.1f} passes), {p.optimizer}, lr {p.lr:g}, '
-          f'warm-up {p.warmup}, drops at {", ".join(map(str, p.decay_lr_at)) or "none"}')
-    default = Parameters()
-    if p.batch_size != default.batch_size and p.decay_lr_at == default.decay_lr_at:
-        factor = default.batch_size / p.batch_size
-        drops = ' '.join(str(round(drop * factor)) for drop in default.decay_lr_at)
-        print(f'note: the schedule is for batches of {default.batch_size}; with {p.batch_size} the '
-              f'same is --iterations {round(default.iterations * factor)} --decay-lr-at {drops} '
-              f'--warmup {round(default.warmup * factor)} --lr {default.lr / factor:g}')
-    for drop in p.decay_lr_at:
-        if drop >= p.iterations:
+def print_schedule_notes(batch_size, iterations, decay_lr_at):
+    """Say what the paper's schedule is for another batch, and warn of drops that never come."""
+    paper = Parameters()
+    if batch_size != paper.batch_size and decay_lr_at == paper.decay_lr_at:
+        factor = paper.batch_size / batch_size
+        drops = ' '.join(str(round(drop * factor)) for drop in paper.decay_lr_at)
+        print(f'note: the schedule is for batches of {paper.batch_size}; with {batch_size} the '
+              f'same is --iterations {round(paper.iterations * factor)} --decay-lr-at {drops} '
+              f'--warmup {round(paper.warmup * factor)} --lr {paper.lr / factor:g}')
+    for drop in decay_lr_at:
+        if drop >= iterations:
             print(f'warning: the drop of the rate at {drop} never comes, the run ends at '
-                  f'{p.iterations}; give --decay-lr-at')
+                  f'{iterations}; give --decay-lr-at')
 
 
 @exit_on_user_error
 def main(parameters):
     """Train as the parameters say, and write a checkpoint."""
     p = parameters
+    check_at_least(1, iterations=p.iterations, batch_size=p.batch_size, save_every=p.save_every,
+                   print_freq=p.print_freq)
+    check_at_least(0, workers=p.workers, warmup=p.warmup)
     device = choose_device(p.device)
     dtype = choose_precision(p.precision, device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
     make_folder(pathlib.Path(p.checkpoint).parent)
+    if pathlib.Path(p.checkpoint).is_dir():
+        raise UserError(f'checkpoint {p.checkpoint} is a folder; give a file in it')
     dataset = PascalVOCDataset(p.data_folder, 'TRAIN', keep_difficult=True, augment=p.augment)
+    if p.batch_size > len(dataset):
+        raise UserError(f'batch_size is {p.batch_size}, but there are only {len(dataset)} training '
+                        f'images; give a smaller --batch-size, or lists with more images')
 
     torch.manual_seed(p.seed)
     model = SSD300(len(dataset.label_map)).to(device, memory_format=torch.channels_last)
@@ -330,12 +336,17 @@ def main(parameters):
     optimizer = make_optimizer(model, p.optimizer, p.weight_decay)
     start = 0
     if p.resume is not None:
-        start = restore(p.resume, model, optimizer, p.optimizer)
+        start = restore(p.resume, model, optimizer, dataclasses.asdict(p))
+        if start >= p.iterations:
+            raise UserError(f'{p.resume} has {start} iterations already; give more --iterations')
     elif p.pretrained:
         model.base.load_pretrained_layers()
-    describe(p, dataset, device, dtype, start)
-    if start >= p.iterations:
-        raise UserError(f'{p.resume} has {start} iterations already; give more --iterations')
+    print(f'{device}, {str(dtype).removeprefix("torch.")}; {len(dataset)} images, '
+          f'{len(dataset.label_map) - 1} classes, {p.workers} workers')
+    print(f'iterations {start} to {p.iterations} of {p.batch_size} images '
+          f'({p.iterations * p.batch_size / len(dataset):.1f} passes), {p.optimizer}, lr {p.lr:g}, '
+          f'warm-up {p.warmup}, drops at {", ".join(map(str, p.decay_lr_at)) or "none"}')
+    print_schedule_notes(p.batch_size, p.iterations, p.decay_lr_at)
     loader = make_loader(dataset, p.batch_size, p.seed, start, p.iterations, p.workers, device)
 
     def save(iteration):
@@ -352,8 +363,12 @@ def main(parameters):
         print(f'interrupted; go on with --resume {p.checkpoint}')
 
 
-def restore(path, model, optimizer, kind):
-    """Take over weights and optimiser of a checkpoint; returns its number of iterations."""
+def restore(path, model, optimizer, settings):
+    """Take over weights and optimiser of a checkpoint; returns its number of iterations.
+
+    Args:
+        settings: this run's parameters, by name, to compare with the checkpoint's.
+    """
     checkpoint = load_checkpoint(path)
     missing = {'iteration', 'model', 'optimizer', 'label_map', 'parameters'} - checkpoint.keys()
     if missing:
@@ -361,11 +376,19 @@ def restore(path, model, optimizer, kind):
     if checkpoint['label_map'] != model.label_map:
         raise UserError(f'{path} is for the classes {list(checkpoint["label_map"])[1:]}, the data '
                         f'for {list(model.label_map)[1:]}; give the checkpoint of this data set')
-    if checkpoint['parameters']['optimizer'] != kind:
-        raise UserError(f'{path} was trained with {checkpoint["parameters"]["optimizer"]}; go on '
-                        f'with the same --optimizer')
+    before = checkpoint['parameters']
+    if before['optimizer'] != settings['optimizer']:
+        raise UserError(f'{path} was trained with {before["optimizer"]}; go on with the same '
+                        f'--optimizer')
+    for name in GOES_ON_ALIKE:
+        if before.get(name) != settings[name]:
+            print(f'note: {name} was {before.get(name)} and is {settings[name]} now, so this run '
+                  f'will not end as an unbroken one')
     model.load_state_dict(checkpoint['model'])
+    weight_decays = [group['weight_decay'] for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint['optimizer'])
+    for group, weight_decay in zip(optimizer.param_groups, weight_decays):
+        group['weight_decay'] = weight_decay  # this run's, as every other parameter
     return checkpoint['iteration']
 
 

@@ -51,16 +51,19 @@ class BrokenImageError(UserError):
 def exit_on_user_error(main):
     """Make a script's `main` print a person's slip as one line and exit with 1."""
     @functools.wraps(main)
-    def wrapper(*args, **kwargs):
-        """Call `main` and catch slips."""
+    def _main(*args, **kwargs):
         try:
             return main(*args, **kwargs)
         except (UserError, OSError) as error:
             # What a DataLoader's worker raises arrives with the worker's traceback before it.
             message = str(error).rpartition('UserError: ')[2].strip()
+        except torch.OutOfMemoryError as error:
+            message = f'{str(error).splitlines()[0]} Give a smaller --batch-size'
+        except KeyboardInterrupt:
+            message = 'interrupted'
         print(f'{pathlib.Path(sys.argv[0]).name}: {message}', file=sys.stderr)
         sys.exit(1)
-    return wrapper
+    return _main
 
 
 @contextlib.contextmanager
@@ -87,8 +90,7 @@ def make_folder(folder):
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f'{folder} cannot be written ({error}); choose another folder') from error
     return folder
@@ -97,14 +99,23 @@ def make_folder(folder):
 def choose_device(name):
     """The device of a name: cpu, cuda, cuda:1, ...; auto is the GPU where there is one."""
     if name == 'auto':
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).cpu()
+        if name.startswith('cuda:'):
+            torch.cuda.set_device(name)  # what asks for "the" GPU means this one
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f'device {name!r} cannot be used here ({reason}); give --device cpu or '
                         f'auto') from error
     return torch.device(name)
+
+
+def check_at_least(minimum, **values):
+    """A UserError for the first parameter that is less than the minimum."""
+    for name, value in values.items():
+        if value < minimum:
+            raise UserError(f'{name} is {value}; give --{name.replace("_", "-")} {minimum} or more')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,8 +341,7 @@ def read_number(element, tag, where, default=None):
 def read_split(folder, split):
     """The images of a split, as a list of (annotation path, image path).
 
-    Raises:
-        UserError: not a folder in VOC layout, no such split, or an image that is not there.
+    A UserError if it is no folder in VOC layout, or has no such split or not all its images.
     """
     folder = pathlib.Path(folder)
     for part in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
@@ -360,15 +370,11 @@ def read_split(folder, split):
 
 
 def check_image(path):
-    """Decode all of an image file; returns its width and height as stored.
-
-    Raises:
-        BrokenImageError: it cannot be decoded.
-    """
+    """Decode all of an image file for its stored width and height, or a BrokenImageError."""
     try:
         with Image.open(path) as image:
             size = image.size
-            image.draft(None, (size[0] // 8, size[1] // 8))  # an eighth of a JPEG is quicker
+            image.draft(None, (1, 1))  # an eighth of a JPEG is quicker
             image.load()
             return size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -377,10 +383,7 @@ def check_image(path):
 
 
 def clean_objects(objects, width, height):
-    """Clip an image's boxes to it and drop those without area.
-
-    Returns the objects that are left, in new lists, and a Counter of what was done.
-    """
+    """Objects with their boxes clipped to the image, those without area dropped, and counts."""
     cleaned, done = {'boxes': [], 'labels': [], 'difficulties': []}, Counter()
     for box, label, difficult in zip(*objects.values()):
         clipped = [min(max(box[0], 0), width), min(max(box[1], 0), height),

@@ -11,9 +11,13 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
 import utils
-from model import (
-    MultiBoxLoss,
-)
+from model import SSD300, MultiBoxLoss
+
+
+@pytest.fixture(scope='module')
+def priors():
+    return SSD300.create_prior_boxes()
+
 
 # --------------------------------------------------------------------------------------------------
 # Matching

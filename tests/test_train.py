@@ -131,6 +131,14 @@ def test_resumed_run_equals_the_unbroken_one_in_every_bit(parameters, tmp_path, 
     assert_same(a['optimizer'], b['optimizer'])
 
 
+def test_resume_says_what_is_not_as_it_was(parameters, capsys):
+    run(parameters, iterations=1)
+    capsys.readouterr()
+    run(parameters, iterations=2, resume=parameters.checkpoint, seed=5)
+    out = capsys.readouterr().out
+    assert 'note: seed was 0 and is 5 now' in out and out.count('note: ') == 1, out
+
+
 def test_checkpoint_holds_classes_and_parameters(parameters):
     run(parameters, iterations=1)
     checkpoint = load_checkpoint(parameters.checkpoint)
