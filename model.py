@@ -58,13 +58,6 @@ FEATURE_MAPS = (
 )
 N_PRIORS = sum(map_.size ** 2 * map_.n_priors_per_cell for map_ in FEATURE_MAPS)  # 8732
 
-# Detection: how many candidates of a class enter non-maximum suppression. The published Caffe
-# code has the same limit (nms_param.top_k).
-MAX_CANDIDATES_PER_CLASS = 400
-
-# Overlaps that one step of the batched suppression holds at a time: 4 MiB in float32, which stays
-# in a processor's cache and keeps the memory small however many candidates there are.
-MAX_OVERLAPS_AT_ONCE = 2 ** 20
 
 
 # --------------------------------------------------------------------------------------------------
@@ -75,9 +68,8 @@ MAX_OVERLAPS_AT_ONCE = 2 ** 20
 class VGGBase(nn.Module):
     """VGG-16 without its classifier, which becomes two convolutions.
 
-    Changes against VGG-16: the third pooling rounds its size up (75 cells become 38, not 37), the
-    fifth keeps the size (3x3, stride 1), fc6 and fc7 become conv6 and conv7. It starts random;
-    `load_pretrained_layers()` brings the ImageNet weights.
+    The third pooling rounds its size up (75 cells become 38, not 37), the fifth keeps the size,
+    fc6 and fc7 become conv6 and conv7. It starts random; see `load_pretrained_layers()`.
     """
 
     def __init__(self):
@@ -265,16 +257,52 @@ class PredictionConvolutions(nn.Module):
         return torch.cat(locs, dim=1), torch.cat(classes_scores, dim=1)
 
 
+class L2Rescale(torch.autograd.Function):
+    """L2 normalization over the channels, times a factor a channel.
+
+    `F.normalize(feats.float(), dim=1, eps=1e-10) * factors`, in float32 even under autocast: the
+    squares of 512 channels overflow half precision. The epsilon keeps a cell of zeros from becoming
+    NaN. Autograd would keep several float32 maps of 3 MB an image, a tenth of a bf16 step's memory;
+    here the backward pass makes them anew, 4 images at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, feats, factors):
+        """Feats (N, C, H, W) and factors (1, C, 1, 1) to (N, C, H, W), in the feats' dtype."""
+        length = torch.linalg.vector_norm(feats, dim=1, keepdim=True, dtype=torch.float32)
+        length = length.clamp_(min=1e-10)                               # (N, 1, H, W)
+        ctx.save_for_backward(feats, factors, length)
+        return (feats / length).mul_(factors).to(feats.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """A unit vector's gradient is the part of the incoming one that does not lengthen it."""
+        feats, factors, length = ctx.saved_tensors
+        grad_feats, grad_factors = torch.empty_like(feats), torch.zeros_like(factors)
+        for start in range(0, len(feats), 4):
+            some = slice(start, start + 4)
+            unit = feats[some] / length[some]
+            grad_factors += (unit * grad[some]).sum(dim=(0, 2, 3), keepdim=True)
+            grad_unit = grad[some] * factors
+            along = (unit * grad_unit).sum(dim=1, keepdim=True)
+            grad_feats[some] = grad_unit.sub_(unit.mul_(along)).div_(length[some])
+        return grad_feats, grad_factors
+
+
 # --------------------------------------------------------------------------------------------------
 # From the network's output to boxes: the steps of SSD300.detect_objects()
 # --------------------------------------------------------------------------------------------------
 
 
+# How many candidates of a class enter non-maximum suppression (nms_param.top_k of the Caffe code).
+MAX_CANDIDATES_PER_CLASS = 400
+# Overlaps that are looked at together: 4 MiB, which stay in a processor's cache.
+MAX_OVERLAPS_AT_ONCE = 2 ** 20
+
+
 def find_candidates(log_probs, min_score):
     """Which (image, class, prior) score above `min_score`, at most 400 of an image's class.
-
-    Works on the logarithms of the probabilities, since hardly one in a thousand is ever looked at
-    again.
 
     Args:
         log_probs: (N, P, C - 1), without the background.
@@ -376,26 +404,14 @@ class SSD300(nn.Module):
         the softmax.
         """
         conv4_3_feats, conv7_feats = self.base(image)
-        conv4_3_feats = self.rescale(conv4_3_feats)
+        conv4_3_feats = L2Rescale.apply(conv4_3_feats, self.rescale_factors)
         return self.pred_convs(conv4_3_feats, conv7_feats, *self.aux_convs(conv7_feats))
-
-    def rescale(self, conv4_3_feats):
-        """L2 normalization over the channels and a factor a channel: (N, 512, 38, 38) both.
-
-        The lengths are float32 even under autocast: the squares of 512 channels overflow half
-        precision. The maps stay as they come, since float32 copies would cost a bf16 step a tenth
-        of its memory. The lower bound keeps a cell of zeros from becoming NaN.
-        """
-        dtype = conv4_3_feats.dtype
-        length = torch.linalg.vector_norm(conv4_3_feats, dim=1, keepdim=True, dtype=torch.float32)
-        return conv4_3_feats / length.clamp(min=1e-6).to(dtype) * self.rescale_factors.to(dtype)
 
     @staticmethod
     def create_prior_boxes():
-        """The P priors of the table, as centre and size in fractions of the image: (P, 4).
+        """The P priors of the table, centre and size in fractions of the image: (P, 4).
 
-        Map by map, row by row over the cells; in a cell ratio 1, the extra square, then the other
-        ratios. Clamped to [0, 1].
+        Map by map, row by row; in a cell ratio 1, the extra square, then the other ratios.
         """
         scales = [map_.scale for map_ in FEATURE_MAPS] + [1.]
         priors_of_maps = []
@@ -440,9 +456,9 @@ class SSD300(nn.Module):
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
         """From the network's output to boxes, the whole batch at once.
 
-        Softmax; per class the scores above `min_score`, the best 400 of them, non-maximum
-        suppression at `max_overlap`; over all classes the best `top_k` of an image. Evaluation
-        uses 0.01, 0.45 and 200 (section 3.7 of the paper), the eye likes 0.2, 0.5 and 200.
+        Softmax; per class the best 400 scores above `min_score`, and non-maximum suppression at
+        `max_overlap`; over all classes the best `top_k` of an image. Evaluation uses 0.01, 0.45
+        and 200 (section 3.7 of the paper), the eye likes 0.2, 0.5 and 200.
 
         Args:
             predicted_locs: (N, P, 4), as the network gives them.
@@ -570,9 +586,8 @@ def hard_negatives(losses, positive, n_wanted):
 class CrossEntropy(torch.autograd.Function):
     """Cross entropy of every row: scores (..., C) and classes (...) to (...).
 
-    The same numbers as `F.cross_entropy(reduction='none')`. The (N, P, C) tensors are the largest
-    of the loss, so there is one here where autograd has three: the gradient takes the place of the
-    logarithms. A second backward pass is therefore an error.
+    The numbers of `F.cross_entropy(reduction='none')`, with one large tensor where autograd has
+    three: the gradient takes the place of the logarithms. A second backward pass is an error.
     """
 
     @staticmethod
@@ -598,8 +613,7 @@ class MultiBoxLoss(nn.Module):
     the localization loss a smooth L1 over the positives' offsets. Both are summed over the batch
     and divided by its number of positives.
 
-    Everything is done for the whole batch at once and nothing waits for the device: no count is
-    copied to the host, so masks multiply, and never index.
+    All images at once, and nothing waits for the device: masks multiply, they never index.
 
     Args:
         priors_cxcy: (P, 4), centre and size in fractions.

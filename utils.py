@@ -551,9 +551,6 @@ def __getattr__(name):
 # The rule of the VOC 2007 devkit (VOCevaldet.m, VOCap.m), for all images of a class at once.
 # --------------------------------------------------------------------------------------------------
 
-MIN_OVERLAP = 0.5  # of a detection with its object
-
-
 def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                   label_map):
     """Average precision of each class and their mean, by the rule of VOC 2007.
@@ -631,7 +628,7 @@ def judge_detections(image, boxes, true_image, true_boxes, difficult):
     # Of several objects with the same overlap the first, as the devkit's loop finds it.
     number = torch.where(overlap == best[detection], object_, n_objects)
     match = torch.full((n_detections,), n_objects).scatter_reduce_(0, detection, number, 'amin')
-    found = best >= MIN_OVERLAP
+    found = best >= 0.5
     match[~found] = n_objects
 
     rank = torch.arange(n_detections)
@@ -664,8 +661,7 @@ def average_precision(correct, wrong, n_objects):
 # --------------------------------------------------------------------------------------------------
 # 8. Checkpoints
 #
-# A dictionary of tensors, numbers, strings, lists and dictionaries: nothing in it is code, and
-# nothing in it depends on the version of this program's classes.
+# A dictionary of tensors, numbers, strings, lists and dictionaries: nothing in it is code.
 # --------------------------------------------------------------------------------------------------
 
 

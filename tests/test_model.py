@@ -15,6 +15,7 @@ import utils
 from model import (
     SSD300,
     AuxiliaryConvolutions,
+    L2Rescale,
     PredictionConvolutions,
     VGGBase,
 )
@@ -353,24 +354,32 @@ def test_bfloat16_gives_finite_predictions(model, images):
     assert locs.isfinite().all() and scores.isfinite().all()
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_conv4_3_is_normalized_to_length_20(small_model, dtype):
-    conv4_3 = torch.rand(1, 512, 38, 38) * 1000     # whose squares float16 cannot hold
-    conv4_3[0, :, 5, 7] = 0
-    rescaled = small_model.rescale(conv4_3.to(dtype))
-    assert rescaled.dtype == dtype
-    length = torch.full((38, 38), 20.)
-    length[5, 7] = 0
-    torch.testing.assert_close(rescaled[0].float().norm(dim=0), length, rtol=2e-3, atol=1e-6)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_rescaling_equals_normalization_in_float32_and_so_do_its_gradients(dtype):
+    feats = torch.rand(5, 64, 3, 3).relu() * 1000       # whose squares float16 cannot hold
+    feats[0, :, 1, 2] = 0
+    feats = feats.to(dtype).requires_grad_()
+    factors = (20 * torch.rand(1, 64, 1, 1)).requires_grad_()
+    weights = torch.randn(5, 64, 3, 3).to(dtype)
+
+    rescaled = L2Rescale.apply(feats, factors)
+    expected = (nn.functional.normalize(feats.float(), dim=1, eps=1e-10) * factors).to(dtype)
+    assert rescaled.dtype == dtype and (rescaled[0, :, 1, 2] == 0).all()
+    torch.testing.assert_close(rescaled, expected)
+    found = torch.autograd.grad((rescaled * weights).sum(), [feats, factors])
+    wanted = torch.autograd.grad((expected * weights).sum(), [feats, factors])
+    for gradients in (found[0], wanted[0]):
+        gradients[0, :, 1, 2] = 0                       # there the epsilon makes them huge
+    rtol = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=rtol)
 
 
-def test_predictions_are_made_from_the_rescaled_conv4_3(small_model, forward_from):
-    conv4_3 = torch.rand(1, 512, 38, 38)
+def test_conv4_3_is_normalized_to_length_20(small_model, forward_from):
     seen = []
     hook = small_model.pred_convs.register_forward_pre_hook(lambda _, maps: seen.extend(maps))
-    forward_from(conv4_3, torch.rand(1, 1024, 19, 19))
+    forward_from(torch.rand(1, 512, 38, 38) * 1000, torch.rand(1, 1024, 19, 19))
     hook.remove()
-    torch.testing.assert_close(seen[0], small_model.rescale(conv4_3))
+    torch.testing.assert_close(seen[0][0].norm(dim=0), torch.full((38, 38), 20.))
 
 
 def test_a_cell_of_zeros_has_finite_gradients_and_the_factors_learn(small_model, forward_from):
