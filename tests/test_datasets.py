@@ -559,3 +559,10 @@ def test_real_images_in_both_splits(sample_data, tmp_path):
             assert (boxes[:, 2:] > boxes[:, :2]).all()
             assert set(labels.tolist()) <= set(range(1, 21))
         assert len(labels) == len(test.objects[i]['labels'])
+
+
+def test_an_image_of_any_size_fills_the_whole_result():
+    for side in [*range(1, 700), 1000, 1023, 4032]:
+        for size in ((side, 300), (300, side)):
+            result = datasets.cut_out(Image.new('RGB', size, 'black'), (0, 0, *size))
+            assert result.getextrema() == ((0, 0),) * 3, size

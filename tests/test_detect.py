@@ -51,6 +51,16 @@ def test_prediction_is_in_pixels_of_each_image(model):
         assert prediction['scores'].shape == (2,) and prediction['scores'][0] > 0.99
 
 
+def test_many_images_are_predicted_in_batches(model, monkeypatch):
+    monkeypatch.setattr(detect_module, 'BATCH_SIZE', 2)
+    images = [Image.new('RGB', (10 * width, 50)) for width in range(1, 6)]
+    predictions = predict(images, **THRESHOLDS, model=model)
+    assert len(model.seen) == 1 and len(predictions) == 5
+    for image, prediction in zip(images, predictions):
+        alone, = predict([image], **THRESHOLDS, model=model)
+        assert torch.equal(prediction['boxes'], alone['boxes'])
+
+
 def test_nothing_found_is_empty(model):
     prediction, = predict([Image.new('RGB', (30, 30))], min_score=1., max_overlap=.5, top_k=200,
                           model=model)
@@ -159,6 +169,19 @@ def test_outputs_are_files_or_go_into_a_folder(tmp_path):
     assert choose_outputs(['a.jpg'], folder) == [folder / 'a.jpg']
     (tmp_path / 'folder.png').mkdir()
     assert choose_outputs(['a.jpg'], tmp_path / 'folder.png') == [tmp_path / 'folder.png' / 'a.jpg']
+
+
+def test_an_input_is_never_replaced(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint('model.pth', model=SSD300(2).state_dict(), label_map={'background': 0, 'a': 1})
+    Image.new('RGB', (60, 40)).save('photo.png')
+    before = (tmp_path / 'photo.png').read_bytes()
+    for output in ('.', 'photo.png', str(tmp_path)):
+        with pytest.raises(SystemExit):
+            main(Parameters(inputs=('photo.png',), checkpoint='model.pth', output=output,
+                            device='cpu'))
+        assert 'would be replaced' in capsys.readouterr().err
+    assert (tmp_path / 'photo.png').read_bytes() == before
 
 
 def test_good_inputs_are_annotated_when_others_are_broken(tmp_path, capsys, monkeypatch):

@@ -139,6 +139,19 @@ def test_resume_says_what_is_not_as_it_was(parameters, capsys):
     assert 'note: seed was 0 and is 5 now' in out and out.count('note: ') == 1, out
 
 
+def test_resumed_run_takes_its_own_weight_decay(parameters):
+    run(parameters, iterations=1)
+    run(parameters, iterations=2, resume=parameters.checkpoint, weight_decay=0.25)
+    groups = load_checkpoint(parameters.checkpoint)['optimizer']['param_groups']
+    assert [group['weight_decay'] for group in groups] == [0.25, 0.]
+
+
+def test_without_augmentation_the_warp_is_all_that_happens(lists):
+    plain, test = (PascalVOCDataset(lists, 'TRAIN', augment=False)[2] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(plain, test))
+    assert torch.allclose(plain[1][0], torch.tensor([4 / 64, 4 / 48, 30 / 64, 30 / 48]))
+
+
 def test_checkpoint_holds_classes_and_parameters(parameters):
     run(parameters, iterations=1)
     checkpoint = load_checkpoint(parameters.checkpoint)
@@ -188,6 +201,11 @@ def test_warnings_of_a_schedule_that_does_not_fit(parameters, capsys):
 
 @pytest.mark.parametrize('changes, words', [
     ({'batch_size': 7}, ['batch_size is 7', 'only 6 training images']),
+    ({'batch_size': 0}, ['batch_size is 0', '--batch-size 1']),
+    ({'iterations': 0}, ['iterations is 0']),
+    ({'print_freq': 0}, ['print_freq is 0', '--print-freq 1']),
+    ({'workers': -1}, ['workers is -1']),
+    ({'checkpoint': '.'}, ['is a folder']),
     ({'data_folder': 'nowhere'}, ['nowhere', 'create_data_lists.py']),
     ({'device': 'cuda:99'}, ["device 'cuda:99'", '--device cpu']),
     ({'resume': 'nowhere.pth'}, ['nowhere.pth', 'no such checkpoint']),
