@@ -102,3 +102,13 @@ def test_importing_does_nothing(tmp_path):
                           capture_output=True, env={'PYTHONPATH': str(ROOT), 'PATH': ''})
     assert (done.returncode, done.stdout, done.stderr) == (0, 'True\n', '')
     assert list(tmp_path.iterdir()) == []
+
+
+def test_benchmark_prints_a_table_and_writes_it_as_json(tmp_path):
+    out = run('benchmark.py', '--only', 'loss', 'detect', '--repeats', 1, '--output', 'out.json',
+              '--device', 'cpu', folder=tmp_path)
+    rows = json.loads((tmp_path / 'out.json').read_text())['rows']
+    assert {row['what'].split(',')[0] for row in rows} == {'loss', 'detect'}
+    for row in rows:
+        assert row['ours'] > 0 and row['torchvision'] > 0 and row['ratio'] > 0
+        assert row['what'] in out
