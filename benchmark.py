@@ -39,7 +39,8 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from datasets import FILLER, PascalVOCDataset
-from model import N_PRIORS, SSD300, MultiBoxLoss
+from eval import MAX_OVERLAP, MIN_SCORE, TOP_K
+from model import MAX_CANDIDATES_PER_CLASS, N_PRIORS, SSD300, MultiBoxLoss
 from shapes import draw_image, write_annotation
 from train import choose_precision, make_optimizer
 from utils import (
@@ -89,8 +90,6 @@ class Parameters:
     output: str | None = None
 
 
-# What evaluation asks of a detector (section 3.1 of the paper), the same for both sides.
-MIN_SCORE, MAX_OVERLAP, TOP_K, MAX_CANDIDATES = 0.01, 0.45, 200, 400
 N_CLASSES = len(voc_label_map)
 
 # Floating point operations of one image, a multiplication and an addition counted as two.
@@ -328,7 +327,8 @@ class TorchvisionSide:
         torch.manual_seed(0)
         self.model = ssd300_vgg16(
             weights=None, weights_backbone=None, num_classes=N_CLASSES, score_thresh=MIN_SCORE,
-            nms_thresh=MAX_OVERLAP, detections_per_img=TOP_K, topk_candidates=MAX_CANDIDATES)
+            nms_thresh=MAX_OVERLAP, detections_per_img=TOP_K,
+            topk_candidates=MAX_CANDIDATES_PER_CLASS)
         self.model.to(device)
         self.anchors = (cxcy_to_xy(SSD300.create_prior_boxes()) * SIDE).to(device)
 

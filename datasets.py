@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from utils import FILLER, SIDE, UserError, find_jaccard_overlap, to_rgb
+from utils import FILLER, IMAGE_ERRORS, SIDE, UserError, find_jaccard_overlap, to_rgb
 
 # Section 2.2 of the paper, "Data augmentation": the least overlap of a crop with an object. None is
 # the whole image, 0 is any crop.
@@ -69,7 +69,7 @@ class PascalVOCDataset(Dataset):
         try:
             with Image.open(self.images[i]) as file:
                 image = to_rgb(file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except IMAGE_ERRORS as error:
             raise UserError(f'{self.images[i]}: cannot be decoded ({error}); replace it, or run '
                             f'create_data_lists.py with --skip-broken') from error
         objects = self.objects[i]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from datasets import transform
 from model import SSD300
 from utils import (
+    IMAGE_ERRORS,
     IMAGE_SUFFIXES,
     UserError,
     choose_device,
@@ -201,7 +202,7 @@ def main(parameters):
                 annotated = detect(image, p.min_score, p.max_overlap, p.top_k, p.suppress, model)
         except UserError:
             raise
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except IMAGE_ERRORS as error:
             tqdm.write(f'{path}: cannot be read ({error}); passed over', file=sys.stderr)
             n_failed += 1
             continue

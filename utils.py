@@ -275,6 +275,8 @@ def non_max_suppression(boxes, scores, max_overlap):
 # text file a split, an image name a line). It is read once, checked, and written as JSON lists.
 # --------------------------------------------------------------------------------------------------
 
+# What Pillow raises for a file that it cannot decode.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif')
 
 
@@ -377,7 +379,7 @@ def check_image(path):
             image.draft(None, (1, 1))  # an eighth of a JPEG is quicker
             image.load()
             return size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         raise BrokenImageError(f'{path}: cannot be decoded ({error}); replace it, or leave such '
                                f'images out with --skip-broken') from error
 
