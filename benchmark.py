@@ -40,14 +40,14 @@ from torchvision.transforms import v2
 
 from datasets import FILLER, PascalVOCDataset
 from eval import MAX_OVERLAP, MIN_SCORE, TOP_K
+from machine import choose_device, choose_precision, process_memory
 from model import MAX_CANDIDATES_PER_CLASS, N_PRIORS, SSD300, MultiBoxLoss
 from shapes import draw_image, write_annotation
-from train import choose_precision, make_optimizer
+from train import make_optimizer
 from utils import (
     SIDE,
     UserError,
     calculate_mAP,
-    choose_device,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
     exit_on_user_error,
@@ -180,18 +180,6 @@ def extra_memory_here(prepare, arguments):
     start, _ = process_memory()
     function()
     return (process_memory()[1] - start) / 1e6
-
-
-def process_memory():
-    """The bytes that this process has in memory now, and at its peak."""
-    # Not from `getrusage` where there is a choice: there a process begins with its parent's peak.
-    with contextlib.suppress(OSError, KeyError):
-        lines = pathlib.Path('/proc/self/status').read_text().splitlines()
-        status = dict(line.split(':', 1) for line in lines)
-        return tuple(1024 * int(status[key].split()[0]) for key in ('VmRSS', 'VmHWM'))
-    import resource  # not there on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak * (1 if platform.system() == 'Darwin' else 1024),) * 2
 
 
 def row_of_memory(what, device, prepare, *arguments):

@@ -1,4 +1,4 @@
-"""The data set that training and evaluation read, and the augmentation of its images.
+"""The data set that training and evaluation read, the order it is read in, and its augmentation.
 
 Zoom-out, crop, flip and warp are one window of the source image: four numbers in its pixels, which
 may reach beyond its border. The dice choose a window (`sample_...`), then the source is read once:
@@ -9,14 +9,24 @@ Letters: N images in a batch, O objects in an image.
 
 import json
 import math
+import os
 import pathlib
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
+from machine import (
+    leave_signals_to_parent,
+    n_processes,
+    process_number,
+    shared_folder,
+    wait_for_processes,
+)
 from utils import FILLER, IMAGE_ERRORS, SIDE, UserError, find_jaccard_overlap, to_rgb
 
 # Section 2.2 of the paper, "Data augmentation": the least overlap of a crop with an object. None is
@@ -55,6 +65,7 @@ class PascalVOCDataset(Dataset):
         self.images = read_list(data_folder, f'{split}_images')
         self.objects = read_list(data_folder, f'{split}_objects')
         self.label_map = read_list(data_folder, 'label_map')
+        self.cache = None   # see `ImageCache`
         assert len(self.images) == len(self.objects), f'{len(self.images)}, {len(self.objects)}'
         missing = [path for path in self.images if not pathlib.Path(path).is_file()]
         if missing:
@@ -66,12 +77,7 @@ class PascalVOCDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        try:
-            with Image.open(self.images[i]) as file:
-                image = to_rgb(file)
-        except IMAGE_ERRORS as error:
-            raise UserError(f'{self.images[i]}: cannot be decoded ({error}); replace it, or run '
-                            f'create_data_lists.py with --skip-broken') from error
+        image = read_image(self.images[i]) if self.cache is None else self.cache[i]
         objects = self.objects[i]
         boxes = torch.tensor(objects['boxes'], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor(objects['labels'], dtype=torch.int64)
@@ -81,6 +87,16 @@ class PascalVOCDataset(Dataset):
             boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
         split = self.split if self.augment else 'TEST'
         return transform(image, boxes, labels, difficulties, split)
+
+
+def read_image(path):
+    """An image file in RGB; a UserError if it cannot be decoded."""
+    try:
+        with Image.open(path) as file:
+            return to_rgb(file)
+    except IMAGE_ERRORS as error:
+        raise UserError(f'{path}: cannot be decoded ({error}); replace it, or run '
+                        f'create_data_lists.py with --skip-broken') from error
 
 
 def read_list(data_folder, name):
@@ -106,6 +122,176 @@ def collate_fn(batch):
     images, boxes, labels, difficulties = zip(*batch)
     images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return images, list(boxes), list(labels), list(difficulties)
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoded images in memory
+# --------------------------------------------------------------------------------------------------
+
+
+class ImageCache:
+    """The decoded images of a list, in memory that all processes of this machine share.
+
+    Decoding a JPEG is a quarter of an item's time. `cache[i]` is the i-th image, for a moment's
+    use: its pixels are those in the memory.
+
+    Args:
+        paths: the image files. Their sizes are read, the memory is asked for, then all are decoded.
+
+    Raises:
+        UserError: too little memory; an image that cannot be decoded.
+    """
+
+    def __init__(self, paths):
+        self.sizes = []
+        for path in paths:
+            with Image.open(path) as file:
+                self.sizes.append(file.size)
+        ends = torch.tensor([3 * width * height for width, height in self.sizes]).cumsum(0).tolist()
+        self.starts = [0, *ends]
+        is_first = int(os.environ.get('LOCAL_RANK', 0)) == 0    # of this machine
+        folder, free = shared_folder()
+        n_bytes = self.starts[-1]
+        if is_first:
+            print(f'cache: {len(paths)} images, {n_bytes / 1e9:.2f} GB of the {free / 1e9:.2f} GB '
+                  f'free in {folder}', flush=True)
+            if n_bytes > 0.9 * free:
+                raise UserError(f'the cache needs {n_bytes / 1e9:.2f} GB, which is too much for '
+                                f'the {free / 1e9:.2f} GB free in {folder}; leave --cache out')
+        self.memory = self.share(folder, n_bytes, is_first)
+        if is_first:
+            self.fill(paths)
+        wait_for_processes()
+
+    @staticmethod
+    def share(folder, n_bytes, is_first):
+        """Memory that the processes of this machine share, (n_bytes,) uint8.
+
+        A file that all map and that is unlinked at once: it is gone with the last process, however
+        that ends.
+        """
+        # The processes that one torchrun started have the same parent.
+        owner = os.getppid() if n_processes() > 1 else os.getpid()
+        path = folder / f'ssd300-cache-{owner}'
+        if is_first:
+            with open(path, 'wb') as file:
+                os.posix_fallocate(file.fileno(), 0, n_bytes)   # an error now, not when it is full
+        wait_for_processes()
+        memory = torch.from_file(str(path), shared=True, size=n_bytes, dtype=torch.uint8)
+        wait_for_processes()
+        if is_first:
+            path.unlink()
+        return memory
+
+    def fill(self, paths):
+        """Decode all images."""
+        def decode(i):
+            """Decode the i-th image into its place."""
+            place = self.memory[self.starts[i]:self.starts[i + 1]]
+            place.copy_(pil_to_tensor(read_image(paths[i])).permute(1, 2, 0).flatten())
+
+        pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
+        try:
+            done = pool.map(decode, range(len(paths)))
+            for _ in tqdm(done, 'decoding', len(paths), unit='image'):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def __getitem__(self, i):
+        place = self.memory[self.starts[i]:self.starts[i + 1]]
+        return Image.frombuffer('RGB', self.sizes[i], place.numpy(), 'raw', 'RGB', 0, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# The order of a training run
+# --------------------------------------------------------------------------------------------------
+
+
+class ShuffledBatches:
+    """The endless order of a run's images, as batches of (position in the run, image).
+
+    Each pass over the data is a permutation that depends on the seed and the pass alone, so a run
+    that starts at iteration k sees what an unbroken run sees from there on. A batch may hold the
+    end of one pass and the beginning of the next. Of several processes each has its own part of
+    every batch.
+    """
+
+    def __init__(self, n_images, batch_size, seed, start, end):
+        self.n_images, self.batch_size, self.seed = n_images, batch_size, seed
+        self.start, self.end = start, end
+        self.epoch, self.order = None, None     # the permutation that was needed last
+
+    def __len__(self):
+        return self.end - self.start
+
+    def __iter__(self):
+        size = self.batch_size // n_processes()
+        mine = slice(process_number() * size, (process_number() + 1) * size)
+        for iteration in range(self.start, self.end):
+            yield self.batch(iteration)[mine]
+
+    def batch(self, iteration):
+        """The whole batch of an iteration, counted from 0."""
+        batch = []
+        for position in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
+            epoch, place = divmod(position, self.n_images)
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, list(range(self.n_images))
+                random.Random(f'{self.seed} {epoch}').shuffle(self.order)
+            batch.append((position, self.order[place]))
+        return batch
+
+
+class SeededItems(Dataset):
+    """Items whose augmentation depends on the seed and on their position in the run alone.
+
+    So neither the number of workers nor a resume changes what the network sees, and no two
+    workers draw the same dice. There is no other random state in a run, and none to save.
+    """
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key):
+        position, i = key
+        random.seed(f'{self.seed} {position}')
+        return self.dataset[i]
+
+
+def pack(batch):
+    """`collate_fn()` for the way from a worker to the training loop: few tensors, so few messages.
+
+    Returns:
+        images (N, 3, 300, 300), boxes (T, 4) and labels (T,) of all images, and the number of
+        objects of each image, a list of N.
+    """
+    images, boxes, labels, _ = collate_fn(batch)
+    return images, torch.cat(boxes), torch.cat(labels), [len(some) for some in labels]
+
+
+def make_train_loader(dataset, batches, workers, device):
+    """The batches of `ShuffledBatches`, packed. Workers live as long as the run."""
+    return DataLoader(
+        SeededItems(dataset, batches.seed), batch_sampler=batches, collate_fn=pack,
+        num_workers=workers, pin_memory=device.type == 'cuda',
+        worker_init_fn=leave_signals_to_parent,
+        # A forked worker has the cache's memory, any other would get a copy.
+        multiprocessing_context='fork' if workers and dataset.cache else None)
+
+
+def batches_on(device, loader):
+    """The batches of a loader on a device: images, and for each image boxes and labels."""
+    for images, boxes, labels, counts in loader:
+        images, boxes, labels = (t.to(device, non_blocking=True) for t in (images, boxes, labels))
+        yield images, boxes.split(counts), labels.split(counts)
+
+
+def make_test_loader(dataset, batch_size, workers, device):
+    """The images of a data set in their order; of several processes each has its share."""
+    share = range(process_number(), len(dataset), n_processes())
+    return DataLoader(dataset, batch_size, sampler=share, collate_fn=collate_fn,
+                      num_workers=workers, pin_memory=device.type == 'cuda')
 
 
 # --------------------------------------------------------------------------------------------------

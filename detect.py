@@ -17,12 +17,12 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from datasets import transform
+from machine import choose_device
 from model import SSD300
 from utils import (
     IMAGE_ERRORS,
     IMAGE_SUFFIXES,
     UserError,
-    choose_device,
     distinct_colors,
     exit_on_user_error,
     make_folder,

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: the average precision of every class and their mean, by VOC 2007's rule.
 
     python eval.py --data-folder data --checkpoint checkpoint_ssd300.pth.tar
+    torchrun --nproc-per-node=8 eval.py --data-folder data --checkpoint checkpoint_ssd300.pth.tar
 """
 
 import dataclasses
@@ -9,16 +10,15 @@ import os
 
 import torch
 import tyro
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import PascalVOCDataset, collate_fn
+from datasets import PascalVOCDataset, make_test_loader
+from machine import full_float32, gather_from_processes, join_processes, process_number
 from model import SSD300
 from utils import (
     UserError,
     calculate_mAP,
     check_at_least,
-    choose_device,
     exit_on_user_error,
     normalize,
 )
@@ -49,7 +49,6 @@ class Parameters:
     device: str = 'auto'
 
 
-@torch.no_grad()
 def evaluate(test_loader, model):
     """Detect on all images of a loader, print the table of average precisions, and return it.
 
@@ -57,27 +56,47 @@ def evaluate(test_loader, model):
 
     Args:
         test_loader: batches as `datasets.collate_fn` makes them; its data set keeps difficult
-            objects, whose detections count neither way.
+            objects, whose detections count neither way. Of several processes, each has the share
+            of `datasets.make_test_loader()`, and the same result.
         model: an SSD300 with its `label_map`.
 
     Returns:
         ({class name: AP}, mAP), NaN for a class without objects.
     """
+    average_precisions, mean = find_average_precisions(test_loader, model)
+    if process_number() == 0:
+        print_table(average_precisions, mean)
+    return average_precisions, mean
+
+
+@torch.no_grad()
+def find_average_precisions(test_loader, model):
+    """`evaluate()` without the printing."""
     was_training = model.training
     model.eval()
     device = model.priors_cxcy.device
     found, true = ([], [], []), ([], [], [])  # boxes, labels, and scores or difficulties
-    for images, *targets in tqdm(test_loader, 'evaluating', unit='batch'):
-        predictions = model(normalize(images.to(device, non_blocking=True)))
+    bar = tqdm(test_loader, 'evaluating', unit='batch', leave=False, disable=process_number() > 0)
+    for images, *targets in bar:
+        with full_float32():
+            predictions = model(normalize(images.to(device, non_blocking=True)))
         detections = model.detect_objects(*predictions, MIN_SCORE, MAX_OVERLAP, TOP_K)
         for lists, batch in ((found, detections), (true, targets)):
             for all_images, of_batch in zip(lists, batch):
                 all_images.extend(tensor.cpu() for tensor in of_batch)
     model.train(was_training)
 
-    average_precisions, mean = calculate_mAP(*found, *true, model.label_map)
-    print_table(average_precisions, mean)
-    return average_precisions, mean
+    shares = gather_from_processes((*found, *true))
+    whole = [in_order(lists) for lists in zip(*shares)]
+    return calculate_mAP(*whole, model.label_map)
+
+
+def in_order(shares):
+    """One list out of those of several processes, which took the images in turn."""
+    whole = [None] * sum(map(len, shares))
+    for number, share in enumerate(shares):
+        whole[number::len(shares)] = share
+    return whole
 
 
 def print_table(average_precisions, mean):
@@ -91,22 +110,21 @@ def print_table(average_precisions, mean):
 @exit_on_user_error
 def main(parameters):
     """Evaluate as the parameters say."""
-    check_at_least(1, batch_size=parameters.batch_size)
-    check_at_least(0, workers=parameters.workers)
-    device = choose_device(parameters.device)
-    torch.backends.cudnn.allow_tf32 = False  # or a GPU rounds the convolutions' factors to 10 bits
-    model = SSD300.from_checkpoint(parameters.checkpoint)
-    dataset = PascalVOCDataset(parameters.data_folder, 'TEST', keep_difficult=True)
-    if len(dataset) == 0:
-        raise UserError(f'{parameters.data_folder} has no images in its TEST list; make the lists '
-                        f'with a split to test on')
-    if dataset.label_map != model.label_map:
-        raise UserError(f'{parameters.checkpoint} knows the classes {list(model.label_map)[1:]}, '
-                        f'{parameters.data_folder} has {list(dataset.label_map)[1:]}; give the '
-                        f'checkpoint that was trained on this data set')
-    loader = DataLoader(dataset, parameters.batch_size, collate_fn=collate_fn,
-                        num_workers=parameters.workers, pin_memory=device.type == 'cuda')
-    evaluate(loader, model.to(device, memory_format=torch.channels_last))
+    p = parameters
+    check_at_least(1, batch_size=p.batch_size)
+    check_at_least(0, workers=p.workers)
+    with join_processes(p.device) as device:
+        model = SSD300.from_checkpoint(p.checkpoint)
+        dataset = PascalVOCDataset(p.data_folder, 'TEST', keep_difficult=True)
+        if len(dataset) == 0:
+            raise UserError(f'{p.data_folder} has no images in its TEST list; make the lists with '
+                            f'a split to test on')
+        if dataset.label_map != model.label_map:
+            raise UserError(f'{p.checkpoint} knows the classes {list(model.label_map)[1:]}, '
+                            f'{p.data_folder} has {list(dataset.label_map)[1:]}; give the '
+                            f'checkpoint that was trained on this data set')
+        model = model.to(device, memory_format=torch.channels_last)
+        evaluate(make_test_loader(dataset, p.batch_size, p.workers, device), model)
 
 
 if __name__ == '__main__':

@@ -639,27 +639,37 @@ class MultiBoxLoss(nn.Module):
             boxes: list of N tensors (O, 4), corners in fractions. O may be 0.
             labels: list of N tensors (O,), int64, never 0.
         """
-        conf_loss, loc_loss = self.parts(predicted_locs, predicted_scores, boxes, labels)
+        true_cxcy, true_classes = self.match(boxes, labels)             # (N, P, 4), (N, P)
+        conf_loss, loc_loss = self.parts(predicted_locs, predicted_scores, true_cxcy, true_classes,
+                                         n_positives=(true_classes > 0).sum())
         return conf_loss + self.alpha * loc_loss
 
-    def parts(self, predicted_locs, predicted_scores, boxes, labels):
-        """Classification and localization loss of a batch, two scalars; see `forward()`."""
+    def parts(self, predicted_locs, predicted_scores, true_cxcy, true_classes, n_positives):
+        """Classification and localization loss, two scalars.
+
+        Sums over the images given, divided by `n_positives`: that of the whole batch, of which
+        these images may be a part. The losses, and the gradients, of the parts add up to the
+        whole's.
+
+        Args:
+            predicted_locs, predicted_scores: as in `forward()`.
+            true_cxcy, true_classes: as from `match()`.
+            n_positives: number of positive priors in the batch, a scalar tensor.
+        """
         n_images, n_priors, n_classes = predicted_scores.shape
         assert n_priors == len(self.priors_cxcy), f'{n_priors} rows, {len(self.priors_cxcy)} priors'
-        assert len(boxes) == len(labels) == n_images, f'{len(boxes)} targets, {n_images} images'
+        assert len(true_classes) == n_images, f'{len(true_classes)} targets, {n_images} images'
         predicted_locs, predicted_scores = predicted_locs.float(), predicted_scores.float()
+        n_positives = n_positives.clamp(min=1)
 
-        true_cxcy, true_classes = self.match(boxes, labels)             # (N, P, 4), (N, P)
         positive = true_classes > 0                                     # (N, P)
-        n_positives = positive.sum(dim=1, keepdim=True)                 # (N, 1)
-        n_all = n_positives.sum().clamp(min=1)
-
         true_locs = cxcy_to_gcxgcy(true_cxcy, self.priors_cxcy)
         loc_loss = F.smooth_l1_loss(predicted_locs, true_locs, reduction='none').sum(dim=2)
         cross_entropy = CrossEntropy.apply(predicted_scores, true_classes)      # (N, P)
-        counts = positive | hard_negatives(cross_entropy.detach(), positive,
-                                           self.neg_pos_ratio * n_positives)
-        return (cross_entropy * counts).sum() / n_all, (loc_loss * positive).sum() / n_all
+        n_negatives = self.neg_pos_ratio * positive.sum(dim=1, keepdim=True)    # (N, 1)
+        counts = positive | hard_negatives(cross_entropy.detach(), positive, n_negatives)
+        return ((cross_entropy * counts).sum() / n_positives,
+                (loc_loss * positive).sum() / n_positives)
 
     @torch.no_grad()
     def match(self, boxes, labels):

@@ -2,7 +2,7 @@
 
 Eight sections, each of which uses only the sections above it:
 
-1. Slips, files, devices  3. Box coordinates             5. Annotations and data lists
+1. Slips and files        3. Box coordinates             5. Annotations and data lists
 2. Classes and labels     4. Jaccard overlap and NMS     6. Images
                                                          7. Mean average precision
                                                          8. Checkpoints
@@ -17,6 +17,7 @@ N images in a batch, P = 8732 priors, C classes with background 0, O objects in 
 import colorsys
 import contextlib
 import functools
+import glob
 import importlib
 import json
 import math
@@ -33,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
-# 1. Slips, files and devices
+# 1. Slips and files
 #
 # A person's slip ends a script with one line that says what to do. A file appears whole or not at
 # all: it is written beside its place and renamed into it.
@@ -59,6 +60,11 @@ def exit_on_user_error(main):
             message = str(error).rpartition('UserError: ')[2].strip()
         except torch.OutOfMemoryError as error:
             message = f'{str(error).splitlines()[0]} Give a smaller --batch-size'
+        except RuntimeError as error:
+            if 'DataLoader worker' not in str(error):
+                raise
+            message = (f'{str(error).splitlines()[0]} If it was killed, the machine has too little '
+                       f'memory: give fewer --workers')
         except KeyboardInterrupt:
             message = 'interrupted'
         print(f'{pathlib.Path(sys.argv[0]).name}: {message}', file=sys.stderr)
@@ -85,6 +91,16 @@ def write_beside(path):
             beside.unlink()
 
 
+def remove_torn(path):
+    """Remove the temporary files of `write_beside(path)` that killed processes have left."""
+    path = pathlib.Path(path)
+    for torn in path.parent.glob(f'.{glob.escape(path.stem)}.*{path.suffix}'):
+        pid = torn.name.removesuffix(path.suffix).rpartition('.')[2]
+        ended = os.path.exists('/proc/self') and not os.path.exists(f'/proc/{pid}')
+        if pid.isdecimal() and ended:
+            torn.unlink(missing_ok=True)
+
+
 def make_folder(folder):
     """Make a folder and try to write into it, before the work whose result it is to hold."""
     folder = pathlib.Path(folder)
@@ -94,21 +110,6 @@ def make_folder(folder):
     except OSError as error:
         raise UserError(f'{folder} cannot be written ({error}); choose another folder') from error
     return folder
-
-
-def choose_device(name):
-    """The device of a name: cpu, cuda, cuda:1, ...; auto is the GPU where there is one."""
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        torch.zeros(1, device=name).cpu()
-        if name.startswith('cuda:'):
-            torch.cuda.set_device(name)  # what asks for "the" GPU means this one
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f'device {name!r} cannot be used here ({reason}); give --device cpu or '
-                        f'auto') from error
-    return torch.device(name)
 
 
 def check_at_least(minimum, **values):
