@@ -89,11 +89,11 @@ class PascalVOCDataset(Dataset):
         return transform(image, boxes, labels, difficulties, split)
 
 
-def read_image(path):
-    """An image file in RGB; a UserError if it cannot be decoded."""
+def read_image(path, read=to_rgb):
+    """An image file in RGB, or what else `read` makes of it; a UserError if it is broken."""
     try:
         with Image.open(path) as file:
-            return to_rgb(file)
+            return read(file)
     except IMAGE_ERRORS as error:
         raise UserError(f'{path}: cannot be decoded ({error}); replace it, or run '
                         f'create_data_lists.py with --skip-broken') from error
@@ -143,10 +143,7 @@ class ImageCache:
     """
 
     def __init__(self, paths):
-        self.sizes = []
-        for path in paths:
-            with Image.open(path) as file:
-                self.sizes.append(file.size)
+        self.sizes = [read_image(path, lambda file: file.size) for path in paths]
         ends = torch.tensor([3 * width * height for width, height in self.sizes]).cumsum(0).tolist()
         self.starts = [0, *ends]
         is_first = int(os.environ.get('LOCAL_RANK', 0)) == 0    # of this machine
