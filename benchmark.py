@@ -33,17 +33,32 @@ import torch
 import torchvision
 import tyro
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
-from datasets import FILLER, PascalVOCDataset
+from datasets import (
+    FILLER,
+    PascalVOCDataset,
+    SeededItems,
+    ShuffledBatches,
+    batches_on,
+    make_train_loader,
+)
 from eval import MAX_OVERLAP, MIN_SCORE, TOP_K
-from machine import choose_device, choose_precision, process_memory
+from machine import (
+    choose_device,
+    choose_precision,
+    compile_or_not,
+    peak_memory,
+    prepare_gpu,
+    process_memory,
+)
 from model import MAX_CANDIDATES_PER_CLASS, N_PRIORS, SSD300, MultiBoxLoss
 from shapes import draw_image, write_annotation
-from train import make_optimizer
+from train import find_gradients, make_optimizer, make_scaler, step_if_finite, try_out
 from utils import (
     SIDE,
     UserError,
@@ -73,14 +88,18 @@ class Parameters:
     boxes: str | None = None
 
     # --- what is measured ---
-    # Names of the rows; none: all. The last three take minutes on a CPU.
-    only: tuple[Literal['data', 'loss', 'detect', 'untrained', 'mAP', 'step', 'inference',
-                        'memory'], ...] = ()
+    # Names of the rows; none: all. The last four take minutes on a CPU.
+    only: tuple[Literal['data', 'handover', 'loss', 'detect', 'untrained', 'mAP', 'step',
+                        'inference', 'memory', 'training'], ...] = ()
     # Measurements of each side for a training step, after one to warm up; quicker rows take up to
     # ten times as many. More if the ratios waver from run to run.
     repeats: int = 3
-    # Batch sizes of the training step; none: 8 on a CPU, 8 32 128 on a GPU.
+    # Batch sizes of the training step; none: 8 32 on a CPU, 8 32 128 on a GPU.
     batches: tuple[int, ...] = ()
+    # Iterations of a real training run from JPEG files; 0: 5 on a CPU, 1000 on a GPU.
+    iterations: int = 0
+    # torch.compile of this project's side in step and training, as train.py has it.
+    compile: Literal['auto', 'on', 'off'] = 'auto'
     # cpu, cuda, cuda:1, ...; auto is the GPU where there is one. The data path and the mAP are the
     # CPU's in any case.
     device: str = 'auto'
@@ -286,11 +305,18 @@ class OurSide:
     def __init__(self, device):
         torch.manual_seed(0)
         self.model = SSD300(N_CLASSES).to(device)
+        self.network = self.model
         self.criterion = MultiBoxLoss(self.model.priors_cxcy).to(device)
+
+    def compile(self, choice, device, dtype, batch_size):
+        """Compile network and loss, if the choice is to."""
+        self.network, self.criterion.parts = compile_or_not(
+            choice, device, (self.model, self.criterion.parts),
+            functools.partial(try_out, device, dtype, batch_size))
 
     def forward(self, images):
         """Normalized images (N, 3, 300, 300) to locs (N, P, 4), scores (N, P, C)."""
-        return self.model(images)
+        return self.network(images)
 
     def targets(self, boxes, labels):
         """What the loss takes of lists of boxes and labels."""
@@ -373,13 +399,15 @@ def train_step(side, optimizer, dtype, images, targets):
     optimizer.step()
 
 
-def prepare_step(make_side, boxes_path, batch_size, device, dtype, memory_format):
+def prepare_step(make_side, boxes_path, batch_size, device, dtype, memory_format, compile_='off'):
     """A function that does a training step.
 
     The first one, of one image, is done here: gradients and momenta are there afterwards.
     """
     side = make_side(device)
     side.model.train().to(memory_format=memory_format)
+    if make_side is OurSide:
+        side.compile(compile_, device, dtype, batch_size)
     optimizer = make_optimizer(side.model, 'sgd', weight_decay=5e-4)
     for group in optimizer.param_groups:
         group['lr'] = 1e-6  # the numbers stay finite, however many steps there are
@@ -419,20 +447,27 @@ def torchvision_item(path, objects, pipeline):
     return pipeline(image, {'boxes': boxes, 'labels': torch.tensor(objects['labels'])})
 
 
-def measure_data(images_folder, repeats, n_images=100):
-    """From an image file to an augmented tensor (3, 300, 300), and decoding alone."""
-    pipeline = v2.Compose([
-        v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=list(FILLER), side_range=(1, 4)),
-        v2.RandomIoUCrop(), v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes(),
-        v2.Resize((SIDE, SIDE)), v2.PILToTensor()])
+@contextlib.contextmanager
+def training_set(images_folder, n_drawn):
+    """Within the block a PascalVOCDataset of a folder's trainval images, or of drawn ones."""
     with tempfile.TemporaryDirectory() as folder:
-        source = images_folder or draw_folder(pathlib.Path(folder) / 'drawn', n_images)
+        source = images_folder or draw_folder(pathlib.Path(folder) / 'drawn', n_drawn)
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere), \
                 contextlib.redirect_stderr(nowhere):
             write_data_lists([(source, 'trainval')], [], folder)
         dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
         if len(dataset) == 0:
             raise UserError(f'{source} has no trainval images with objects; give another --images')
+        yield dataset
+
+
+def measure_data(images_folder, repeats, n_images=100):
+    """From an image file to an augmented tensor (3, 300, 300), and decoding alone."""
+    pipeline = v2.Compose([
+        v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=list(FILLER), side_range=(1, 4)),
+        v2.RandomIoUCrop(), v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes(),
+        v2.Resize((SIDE, SIDE)), v2.PILToTensor()])
+    with training_set(images_folder, n_images) as dataset:
         chosen = range(0, len(dataset), max(1, len(dataset) // n_images))
         random.seed(0)
         torch.manual_seed(0)
@@ -445,6 +480,92 @@ def measure_data(images_folder, repeats, n_images=100):
     return [row_of_times('data: file to augmented tensor', 'images/s', len(chosen), ours, theirs,
                          'one core'),
             row_of_times('data: decoding alone', 'images/s', len(chosen), decoding)]
+
+
+class ReadyItems(Dataset):
+    """Items that cost nothing to make, so that the way to the training loop is all that is left."""
+
+    cache = None
+
+    def __init__(self, boxes_path):
+        images = torch.randint(0, 256, (8, SIDE, SIDE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        boxes, labels = some_objects(boxes_path, 8, 'cpu')
+        self.items = list(zip(images, boxes, labels, [labels[0]] * 8))
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return [tensor.clone() for tensor in self.items[i]]  # as new as a decoded image
+
+
+def keep_apart(batch):
+    """The usual collate function of detection: every image's tensors for themselves."""
+    return tuple(zip(*batch))
+
+
+def seconds_of_batches(batches, n_batches, use):
+    """The processor's seconds that n batches take of the loop, after three to start the workers.
+
+    Not the time on the clock: how long the loop waits is a question of how many workers there are.
+    """
+    batches = iter(batches)
+    for _ in range(3):
+        use(next(batches)[0])
+    start = time.thread_time()
+    for _ in range(n_batches):
+        use(next(batches)[0])
+    return time.thread_time() - start
+
+
+def measure_handover(boxes_path, device, repeats, batch_size=32, n_batches=40):
+    """From a worker's items to a batch in the training loop, looked at once.
+
+    Beside it the collate function of torchvision's reference scripts, the images stacked here.
+    """
+    items = ReadyItems(boxes_path)
+    order = ShuffledBatches(len(items), batch_size, seed=0, start=0, end=n_batches + 8)
+    plain = DataLoader(SeededItems(items, 0), batch_sampler=order, collate_fn=keep_apart,
+                       num_workers=2, pin_memory=device.type == 'cuda')
+    ours, theirs = [], []
+    for _ in range(repeats):
+        loader = make_train_loader(items, order, 2, device)
+        ours.append(seconds_of_batches(batches_on(device, loader), n_batches, torch.clone))
+        theirs.append(seconds_of_batches(
+            plain, n_batches, lambda images: torch.stack(images).to(device)))
+    return [row_of_times(f'hand-over to the loop, batch {batch_size}', 'ms/image',
+                         n_batches * batch_size, ours, theirs, "the loop's own time")]
+
+
+def measure_training(images_folder, device, batch_size, n_iterations, compile_, peak_rate):
+    """A training run from image files, as `train.py` makes it: the speed after a tenth of it."""
+    dtype = choose_precision('auto', device)
+    side = OurSide(device)
+    side.model.to(memory_format=torch.channels_last)
+    optimizer, scaler = make_optimizer(side.model, 'sgd', 5e-4), make_scaler(dtype, device)
+    for group in optimizer.param_groups:
+        group['lr'] = 1e-6
+    side.compile(compile_, device, dtype, batch_size)
+    n_workers = min(16, os.cpu_count() or 1)
+    with training_set(images_folder, n_drawn=200) as dataset:
+        order = ShuffledBatches(len(dataset), batch_size, seed=0, start=0, end=n_iterations)
+        loader = make_train_loader(dataset, order, n_workers, device)
+        for iteration, batch in enumerate(batches_on(device, loader)):
+            if iteration == max(1, n_iterations // 10):
+                synchronize(device)
+                start, first = time.perf_counter(), iteration
+            optimizer.zero_grad()
+            find_gradients(side.network, side.criterion, scaler, dtype, 1, *batch)
+            step_if_finite(optimizer, scaler, dtype)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+    n_images = batch_size * (n_iterations - first)
+    note = (f'{n_workers} workers, {peak_memory(device) / 1e9:.1f} GB; 120,000 iterations: '
+            f'{120_000 * seconds / (n_iterations - first) / 3600:.3g} h')
+    if peak_rate:
+        note += f'; {n_images * STEP_FLOP / seconds / peak_rate:.0%} of peak'
+    return [Row(f'training from files, batch {batch_size}', 'images/s', n_images / seconds,
+                note=note)]
 
 
 def measure_loss(boxes_path, device, repeats, batch_size=32):
@@ -534,10 +655,10 @@ def measure_mAP(boxes_path, repeats):
             Row('mAP: memory', 'MB', extra_memory(None, prepare_mAP, boxes_path))]
 
 
-def measure_step(boxes_path, batch_size, device, repeats, peak_rate):
+def measure_step(boxes_path, batch_size, device, repeats, compile_, peak_rate):
     """A training step: forward, loss, backward, update; one row for each number format."""
     formats = formats_of(device)
-    times = measure_in_turn([prepare_step(make, boxes_path, batch_size, device, *format_)
+    times = measure_in_turn([prepare_step(make, boxes_path, batch_size, device, *format_, compile_)
                              for format_ in formats.values() for make in SIDES], repeats, device)
     rows = []
     for name, ours, theirs in zip(formats, times[::2], times[1::2]):
@@ -644,8 +765,7 @@ def main(parameters):
     if p.output is not None:
         make_folder(pathlib.Path(p.output).parent)
     device = choose_device(p.device)
-    # As train.py sets it.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    prepare_gpu()
     load_objects(p.boxes)  # a slip in it shows now
     machine = describe_machine(device)
     print('; '.join(f'{name} {text}' for name, text in machine.items()))
@@ -654,26 +774,29 @@ def main(parameters):
         print(f'peak: {peak_rate / 1e12:.0f} TFLOP/s in a bf16 matrix product')
 
     gpu = device.type == 'cuda'
-    batches = p.batches or ((8, 32, 128) if gpu else (8,))
+    batches = p.batches or ((8, 32, 128) if gpu else (8, 32))
     jobs = [
         ('data', measure_data, p.images, p.repeats),
+        ('handover', measure_handover, p.boxes, device, p.repeats),
         ('loss', measure_loss, p.boxes, device, p.repeats),
         ('detect', measure_detect, p.boxes, device, p.repeats),
         ('untrained', measure_untrained, device, p.repeats),
         ('mAP', measure_mAP, p.boxes, p.repeats),
-        *(('step', measure_step, p.boxes, n, device, p.repeats, peak_rate) for n in batches),
+        *(('step', measure_step, p.boxes, n, device, p.repeats, p.compile, peak_rate) for n in batches),
         *(('inference', measure_inference, p.boxes, n, device, p.repeats, peak_rate)
           for n in (1, 32 if gpu else 8)),
         ('memory', measure_memory, p.boxes, device),
+        ('training', measure_training, p.images, device, 32 if gpu else 8,
+         p.iterations or (1000 if gpu else 5), p.compile, peak_rate),
     ]
-    n_threads = torch.get_num_threads()
+    n_threads, whole_machine = torch.get_num_threads(), ('step', 'inference', 'memory', 'training')
     print_line('what', 'unit', 'ours', 'torchvision', 'ratio', '')
     rows = []
     for name, measure, *arguments in jobs:
         if p.only and name not in p.only:
             continue
         # Small operations waver with more threads than one; a worker that loads data has one.
-        torch.set_num_threads(n_threads if name in ('step', 'inference', 'memory') else 1)
+        torch.set_num_threads(n_threads if name in whole_machine else 1)
         for row in measure(*arguments):
             rows.append(row)
             print_line(row.what, row.unit, format_number(row.ours), format_number(row.torchvision),
