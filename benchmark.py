@@ -52,6 +52,7 @@ from machine import (
     choose_device,
     choose_precision,
     compile_or_not,
+    default_workers,
     peak_memory,
     prepare_gpu,
     process_memory,
@@ -80,6 +81,7 @@ class Parameters:
     """Measure the parts of this project beside torchvision's."""
 
     # --- input ---
+
     # A folder in VOC layout, whose trainval images the data path reads; none: drawn shapes, as
     # large as VOC's images but flatter, so quicker to decode.
     images: str | None = None
@@ -88,6 +90,7 @@ class Parameters:
     boxes: str | None = None
 
     # --- what is measured ---
+
     # Names of the rows; none: all. The last four take minutes on a CPU.
     only: tuple[Literal['data', 'handover', 'loss', 'detect', 'untrained', 'mAP', 'step',
                         'inference', 'memory', 'training'], ...] = ()
@@ -105,6 +108,7 @@ class Parameters:
     device: str = 'auto'
 
     # --- result ---
+
     # A JSON file for the table; none: it is only printed.
     output: str | None = None
 
@@ -546,7 +550,7 @@ def measure_training(images_folder, device, batch_size, n_iterations, compile_, 
     for group in optimizer.param_groups:
         group['lr'] = 1e-6
     side.compile(compile_, device, dtype, batch_size)
-    n_workers = min(16, os.cpu_count() or 1)
+    n_workers = default_workers()
     with training_set(images_folder, n_drawn=200) as dataset:
         order = ShuffledBatches(len(dataset), batch_size, seed=0, start=0, end=n_iterations)
         loader = make_train_loader(dataset, order, n_workers, device)
@@ -782,7 +786,8 @@ def main(parameters):
         ('detect', measure_detect, p.boxes, device, p.repeats),
         ('untrained', measure_untrained, device, p.repeats),
         ('mAP', measure_mAP, p.boxes, p.repeats),
-        *(('step', measure_step, p.boxes, n, device, p.repeats, p.compile, peak_rate) for n in batches),
+        *(('step', measure_step, p.boxes, n, device, p.repeats, p.compile, peak_rate)
+          for n in batches),
         *(('inference', measure_inference, p.boxes, n, device, p.repeats, peak_rate)
           for n in (1, 32 if gpu else 8)),
         ('memory', measure_memory, p.boxes, device),

@@ -25,6 +25,7 @@ class Parameters:
     """Make the lists of a data set in VOC layout."""
 
     # --- PASCAL VOC: 07 + 12 trainval to train, 07 test to test ---
+
     # The folder VOC2007, with JPEGImages, Annotations and ImageSets in it.
     voc07_path: str = './VOCdevkit/VOC2007'
     # The folder VOC2012.
@@ -33,6 +34,7 @@ class Parameters:
     download: str | None = None
 
     # --- any other data set, in place of VOC ---
+
     # What to train on: any number of folder:split.
     train: tuple[str, ...] = ()
     # What to evaluate on: any number of folder:split.
@@ -41,6 +43,7 @@ class Parameters:
     classes: tuple[str, ...] = ()
 
     # --- output ---
+
     # Folder for the lists.
     output_folder: str = './data'
     # Leave images that cannot be decoded out, in place of stopping at the first.

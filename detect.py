@@ -40,10 +40,12 @@ class Parameters:
     inputs: tyro.conf.Positional[tuple[str, ...]]
 
     # --- model ---
+
     # The checkpoint that train.py wrote.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
 
     # --- what is drawn ---
+
     # Detections below this score are not drawn. 0.2 suits the eye; evaluation's 0.01 shows what
     # the model holds possible.
     min_score: float = 0.2
@@ -55,6 +57,7 @@ class Parameters:
     suppress: tuple[str, ...] = ()
 
     # --- bookkeeping ---
+
     # A file for one image and a name that ends like an image's; else a folder.
     output: str = './detections'
     # cpu, cuda, cuda:1, ...; auto is the GPU where there is one.

@@ -6,14 +6,19 @@
 
 import dataclasses
 import math
-import os
 
 import torch
 import tyro
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset, make_test_loader
-from machine import full_float32, gather_from_processes, join_processes, process_number
+from machine import (
+    default_workers,
+    full_float32,
+    gather_from_processes,
+    join_processes,
+    process_number,
+)
 from model import SSD300
 from utils import (
     UserError,
@@ -33,16 +38,19 @@ class Parameters:
     """Evaluate a checkpoint of SSD300 on the TEST list of a data folder."""
 
     # --- data ---
+
     # Folder of the lists that create_data_lists.py wrote.
     data_folder: str = './data'
     # Processes that read images.
-    workers: int = min(8, os.cpu_count() or 1)
+    workers: int = default_workers()
 
     # --- model ---
+
     # The checkpoint that train.py wrote.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
 
     # --- bookkeeping ---
+
     # Images at a time; changes memory and speed, not the result.
     batch_size: int = 32
     # cpu, cuda, cuda:1, ...; auto is the GPU where there is one.

@@ -78,6 +78,12 @@ def join_processes(device_name):
                         f'({str(error).splitlines()[0][:150]})') from error
 
 
+def default_workers():
+    """How many workers read images for this process: its share of the processors, at most 16."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(16, n_cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
 def n_processes():
     """How many processes share this run."""
     return distributed.get_world_size() if distributed.is_initialized() else 1

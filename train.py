@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import pathlib
 import sys
 from typing import Literal
@@ -32,6 +31,7 @@ from eval import find_average_precisions
 from machine import (
     choose_precision,
     compile_or_not,
+    default_workers,
     divide_over_processes,
     join_processes,
     n_processes,
@@ -61,6 +61,7 @@ class Parameters:
     """Train SSD300."""
 
     # --- data ---
+
     # Folder of the lists that create_data_lists.py wrote.
     data_folder: str = './data'
     # Change colours, zoom out, crop and flip at random. Leave it out only of a short run on images
@@ -68,17 +69,19 @@ class Parameters:
     augment: bool = True
     # Processes that read and augment images, for each process that trains. One feeds about 250
     # images/s.
-    workers: int = min(16, os.cpu_count() or 1)
+    workers: int = default_workers()
     # Keep the decoded images in memory that all processes share; VOC 07 + 12 needs 9 GB. Saves a
     # quarter of a worker's time.
     cache: bool = False
 
     # --- model ---
+
     # Start from torchvision's ImageNet weights of VGG-16 (a download of 528 MB, once). Without
     # them 07 + 12 is too little to learn from: expect a much lower mAP.
     pretrained: bool = True
 
     # --- optimiser ---
+
     # sgd with momentum 0.9 is the paper's. adamw learns faster in short runs from scratch; give
     # it an lr of about 3e-4.
     optimizer: Literal['sgd', 'adamw'] = 'sgd'
@@ -102,6 +105,7 @@ class Parameters:
     compile: Literal['auto', 'on', 'off'] = 'auto'
 
     # --- schedule, in iterations of the batch above ---
+
     # Total, those before a resumed checkpoint included.
     iterations: int = 120_000
     # Iterations at which lr is divided by 10. The first drop brings about +2.5 mAP on VOC.
@@ -110,6 +114,7 @@ class Parameters:
     warmup: int = 1_000
 
     # --- bookkeeping ---
+
     # The checkpoint that is written. The one with the best mAP stands beside it, with .best in its
     # name; what a paper reports is the last.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
