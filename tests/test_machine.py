@@ -16,18 +16,22 @@ from create_data_lists import Parameters as ListParameters, main as make_lists
 from datasets import ImageCache, PascalVOCDataset, ShuffledBatches, make_train_loader
 from utils import UserError, remove_torn
 
-CPU = torch.device('cpu')
+
+@pytest.fixture
+def cpu():
+    """The device of all that follows."""
+    return torch.device('cpu')
 
 
 # --- number formats and compiler ---
 
 
 @pytest.mark.parametrize('has_bf16, expected', [(True, torch.bfloat16), (False, torch.float16)])
-def test_a_gpu_gets_bf16_or_else_fp16(monkeypatch, has_bf16, expected):
+def test_a_gpu_gets_bf16_or_else_fp16(monkeypatch, has_bf16, expected, cpu):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: has_bf16)
     assert machine.choose_precision('auto', torch.device('cuda')) == expected
     assert machine.choose_precision('float32', torch.device('cuda')) == torch.float32
-    assert machine.choose_precision('fp16', CPU) == torch.float16
+    assert machine.choose_precision('fp16', cpu) == torch.float16
 
 
 def double(x):
@@ -35,26 +39,26 @@ def double(x):
     return 2 * x
 
 
-def test_compilation_that_fails_is_told_and_done_without(capsys, monkeypatch):
+def test_compilation_that_fails_is_told_and_done_without(capsys, monkeypatch, cpu):
     def compiler(function, dynamic):
         def fail(x):
             raise RuntimeError('no compiler found\nand more')
         return fail
 
     monkeypatch.setattr(torch, 'compile', compiler)
-    function, = machine.compile_or_not('on', CPU, (double,), lambda f: f(torch.ones(2)))
+    function, = machine.compile_or_not('on', cpu, (double,), lambda f: f(torch.ones(2)))
     assert function is double
     out = capsys.readouterr().out
     assert out.count('\n') == 1 and 'does not work here (no compiler found)' in out
 
 
-def test_compilation_that_works_is_used(monkeypatch):
+def test_compilation_that_works_is_used(monkeypatch, cpu):
     monkeypatch.setattr(torch, 'compile', lambda function, dynamic: lambda x: function(x) + 1)
     tried = []
-    function, = machine.compile_or_not('on', CPU, (double,), lambda f: tried.append(f(1)))
+    function, = machine.compile_or_not('on', cpu, (double,), lambda f: tried.append(f(1)))
     assert tried == [3] and function(2) == 5
     for choice in ('auto', 'off'):
-        assert machine.compile_or_not(choice, CPU, (double,), tried.append) == (double,)
+        assert machine.compile_or_not(choice, cpu, (double,), tried.append) == (double,)
 
 
 # --- signals ---
@@ -112,9 +116,9 @@ def dataset(make_voc, tmp_path):
     return PascalVOCDataset(tmp_path / 'lists', 'TRAIN', keep_difficult=True)
 
 
-def test_cached_images_are_those_of_the_files_with_any_number_of_workers(dataset, capsys):
+def test_cached_images_are_those_of_the_files_with_any_number_of_workers(dataset, capsys, cpu):
     order = ShuffledBatches(len(dataset), 2, seed=0, start=0, end=4)
-    plain = [batch[0] for batch in make_train_loader(dataset, order, 0, CPU)]
+    plain = [batch[0] for batch in make_train_loader(dataset, order, 0, cpu)]
     dataset.cache = ImageCache(dataset.images)
     out = capsys.readouterr().out
     assert out.startswith('cache: 5 images, 0.00 GB of the ')
@@ -122,7 +126,7 @@ def test_cached_images_are_those_of_the_files_with_any_number_of_workers(dataset
     for path in dataset.images:  # it does not look at the files again
         pathlib.Path(path).unlink()
     for workers in (0, 2):
-        cached = [batch[0] for batch in make_train_loader(dataset, order, workers, CPU)]
+        cached = [batch[0] for batch in make_train_loader(dataset, order, workers, cpu)]
         assert all(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
     folder, _ = machine.shared_folder()
     assert not list(folder.glob(f'ssd300-cache-{os.getpid()}'))
@@ -142,10 +146,10 @@ def test_a_corrupt_image_is_named_by_the_cache(dataset):
         ImageCache(dataset.images)
 
 
-def test_a_packed_batch_is_the_batch(dataset):
+def test_a_packed_batch_is_the_batch(dataset, cpu):
     items = [dataset[i] for i in range(3)]
     images, boxes, labels, difficulties = datasets.collate_fn(items)
-    (packed, packed_boxes, packed_labels), = datasets.batches_on(CPU, [datasets.pack(items)])
+    (packed, packed_boxes, packed_labels), = datasets.batches_on(cpu, [datasets.pack(items)])
     assert torch.equal(images, packed)
     for lists in ((boxes, packed_boxes), (labels, packed_labels)):
         assert all(torch.equal(a, b) for a, b in zip(*lists, strict=True))
