@@ -264,7 +264,7 @@ def from_torchvision(state):
 
 
 def coco_label_map():
-    """COCO's class names and numbers. Ten and one numbers have no class and are called N/A."""
+    """COCO's class names and numbers. Ten numbers have no class: those are N/A and the number."""
     names = SSD300_VGG16_Weights.COCO_V1.meta['categories']
     named = {f'{name} {i}' if name == 'N/A' else name: i for i, name in enumerate(names[1:], 1)}
     return {'background': 0, **named}
