@@ -19,6 +19,7 @@ from tqdm import tqdm
 from datasets import transform
 from machine import choose_device
 from model import SSD300
+from published import coco_model
 from utils import (
     IMAGE_ERRORS,
     IMAGE_SUFFIXES,
@@ -26,7 +27,6 @@ from utils import (
     distinct_colors,
     exit_on_user_error,
     make_folder,
-    normalize,
     to_rgb,
     write_beside,
 )
@@ -41,7 +41,8 @@ class Parameters:
 
     # --- model ---
 
-    # The checkpoint that train.py wrote.
+    # The checkpoint that train.py wrote, or a published one. While the default is not there, the
+    # weights that torchvision trained on COCO are downloaded once (136 MB) and detect 80 classes.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
 
     # --- what is drawn ---
@@ -67,12 +68,23 @@ class Parameters:
 BATCH_SIZE = 32  # images that the network sees at a time
 
 
+def load_model(path):
+    """The model of a checkpoint; in place of the default one that is not there, COCO's."""
+    try:
+        return SSD300.from_checkpoint(path)
+    except UserError:
+        if path != Parameters.checkpoint or pathlib.Path(path).exists():
+            raise
+    print(f'{path} is not there, so these are the weights that torchvision trained on COCO',
+          file=sys.stderr)
+    return coco_model()
+
+
 @functools.cache
 def default_model():
     """The model of the parameters' default checkpoint, loaded at the first call and kept."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Parameters)}
-    model = SSD300.from_checkpoint(defaults['checkpoint'])
-    return model.to(choose_device(defaults['device']), memory_format=torch.channels_last)
+    model = load_model(Parameters.checkpoint)
+    return model.to(choose_device(Parameters.device), memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -99,7 +111,7 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None):
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0).bool()
     batch = torch.stack([transform(image, *nothing, 'TEST')[0] for image in upright])
 
-    predictions = model(normalize(batch.to(device)))
+    predictions = model(model.normalize(batch.to(device)))
     detections = model.detect_objects(*predictions, min_score, max_overlap, top_k)
     names = {number: name for name, number in model.label_map.items()}
     return [{'boxes': boxes.cpu() * torch.tensor([*image.size, *image.size]),
@@ -194,7 +206,7 @@ def main(parameters):
     p = parameters
     if not p.inputs:
         raise UserError('no image was named; give one or more files')
-    model = SSD300.from_checkpoint(p.checkpoint)
+    model = load_model(p.checkpoint)
     model = model.to(choose_device(p.device), memory_format=torch.channels_last)
     outputs = choose_outputs(p.inputs, p.output)
     check_outputs(p.inputs, outputs)

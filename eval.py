@@ -25,7 +25,6 @@ from utils import (
     calculate_mAP,
     check_at_least,
     exit_on_user_error,
-    normalize,
 )
 
 # The thresholds of the paper's evaluation (section 3.7 and its code). Another value of any of
@@ -87,7 +86,7 @@ def find_average_precisions(test_loader, model):
     bar = tqdm(test_loader, 'evaluating', unit='batch', leave=False, disable=process_number() > 0)
     for images, *targets in bar:
         with full_float32():
-            predictions = model(normalize(images.to(device, non_blocking=True)))
+            predictions = model(model.normalize(images.to(device, non_blocking=True)))
         detections = model.detect_objects(*predictions, MIN_SCORE, MAX_OVERLAP, TOP_K)
         for lists, batch in ((found, detections), (true, targets)):
             for all_images, of_batch in zip(lists, batch):

@@ -111,6 +111,13 @@ def gather_from_processes(value):
     return values
 
 
+def share_buffers(module):
+    """Give the buffers of the first process's module to those of all others."""
+    if n_processes() > 1:
+        for buffer in module.buffers():
+            distributed.broadcast(buffer, src=0)
+
+
 def wait_for_processes():
     """Return when all processes have come here."""
     if n_processes() > 1:

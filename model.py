@@ -18,14 +18,17 @@ from torch import nn
 from torchvision.models import VGG16_Weights
 
 from utils import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     UserError,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
+    download_weights,
     find_jaccard_overlap,
     gcxgcy_to_cxcy,
     greedy_keep,
     label_map as voc_label_map,
-    load_checkpoint,
+    normalize,
     xy_to_cxcy,
 )
 
@@ -147,15 +150,8 @@ class VGGBase(nn.Module):
         Raises:
             UserError: the weights cannot be had; the message says what to do.
         """
-        weights = VGG16_Weights.IMAGENET1K_V1
-        try:
-            vgg = weights.get_state_dict(progress=True, check_hash=True)
-        except Exception as error:  # of the network, of the disk, or of what is in the file
-            raise UserError(
-                f'the ImageNet weights could not be loaded from {weights.url} '
-                f'({type(error).__name__}: {error}); connect to the network, or put the file into '
-                f'{torch.hub.get_dir()}/checkpoints, or train from scratch with --no-pretrained'
-            ) from error
+        vgg = download_weights(VGG16_Weights.IMAGENET1K_V1,
+                               'train from scratch with --no-pretrained')
 
         # The convolutions of both stand in the same order. torchvision numbers all its layers,
         # ReLU and pooling included; `features` is everything before the classifier.
@@ -260,17 +256,17 @@ class PredictionConvolutions(nn.Module):
 class L2Rescale(torch.autograd.Function):
     """L2 normalization over the channels, times a factor a channel.
 
-    `F.normalize(feats.float(), dim=1, eps=1e-10) * factors`, in float32 even under autocast: the
+    `F.normalize(feats.float(), dim=1, eps=epsilon) * factors`, in float32 even under autocast: the
     squares of 512 channels overflow half precision. The epsilon keeps a cell of zeros from becoming
     NaN. Autograd would keep several float32 maps of 3 MB an image, a tenth of a bf16 step's memory;
     here the backward pass makes them anew, 4 images at a time.
     """
 
     @staticmethod
-    def forward(ctx, feats, factors):
+    def forward(ctx, feats, factors, epsilon=1e-10):
         """Feats (N, C, H, W) and factors (1, C, 1, 1) to (N, C, H, W), in the feats' dtype."""
         length = torch.linalg.vector_norm(feats, dim=1, keepdim=True, dtype=torch.float32)
-        length = length.clamp_(min=1e-10)                               # (N, 1, H, W)
+        length = length.clamp_(min=epsilon)                             # (N, 1, H, W)
         ctx.save_for_backward(feats, factors, length)
         return (feats / length).mul_(factors).to(feats.dtype)
 
@@ -287,7 +283,7 @@ class L2Rescale(torch.autograd.Function):
             grad_unit = grad[some] * factors
             along = (unit * grad_unit).sum(dim=1, keepdim=True)
             grad_feats[some] = grad_unit.sub_(unit.mul_(along)).div_(length[some])
-        return grad_feats, grad_factors
+        return grad_feats, grad_factors, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,19 +370,52 @@ def suppress_in_groups(boxes, group, max_overlap):
 # --------------------------------------------------------------------------------------------------
 
 
+# Mean and std of the images (red, green, blue, from 0 to 1) and the shortest length that conv4_3's
+# normalization divides by. Like the priors, others trained with others.
+OWN_CONSTANTS = {'image_mean': IMAGENET_MEAN, 'image_std': IMAGENET_STD, 'l2_epsilon': 1e-10}
+
+
+def add_own_constants(model, state, prefix, *_):
+    """Complete a state dict from the time when every model had the same constants."""
+    for name, value in OWN_CONSTANTS.items():
+        state.setdefault(prefix + name, torch.tensor(value))
+
+
+def default_label_map(n_classes):
+    """VOC's classes where there are 21, and numbers where there is any other number of them."""
+    if n_classes == len(voc_label_map):
+        return dict(voc_label_map)
+    return {'background': 0, **{f'class {i}': i for i in range(1, n_classes)}}
+
+
+def spread_priors(sizes, n_cells, cells_across):
+    """Boxes of some sizes around the centre of each cell of a map, row by row.
+
+    Args:
+        sizes: (width, height) of the priors of a cell, fractions of the image.
+        n_cells: of a side of the map.
+        cells_across: cells that fit into the image, `n_cells` unless the last one stands out.
+
+    Returns:
+        (n_cells * n_cells * sizes, 4), centre and size in fractions.
+    """
+    centres = (torch.arange(n_cells) + 0.5) / cells_across
+    cy, cx = torch.meshgrid(centres, centres, indexing='ij')
+    cells = torch.stack([cx, cy], dim=2).view(-1, 1, 2)                 # (cells, 1, 2)
+    return torch.cat(torch.broadcast_tensors(cells, torch.tensor(sizes)), dim=2).view(-1, 4)
+
+
 class SSD300(nn.Module):
     """The whole network: base, auxiliary and prediction convolutions, and the priors.
 
-    `label_map` (class name to index, background 0) travels with the model. It is VOC's where the
-    number of classes is VOC's 21, and made of numbers for any other until somebody sets it.
+    `label_map` (class name to index, background 0) travels with the model, and in the state dict so
+    do the priors, `image_mean`, `image_std` and `l2_epsilon`: published weights bring their own.
     """
 
     def __init__(self, n_classes):
         super().__init__()
         self.n_classes = n_classes
-        self.label_map = dict(voc_label_map)
-        if n_classes != len(voc_label_map):
-            self.label_map = {'background': 0, **{f'class {i}': i for i in range(1, n_classes)}}
+        self.label_map = default_label_map(n_classes)
 
         self.base = VGGBase()
         self.aux_convs = AuxiliaryConvolutions()
@@ -396,6 +425,13 @@ class SSD300(nn.Module):
         # channels evens them out, and a learned factor a channel starts at 20 (section 3.1).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.))
         self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (P, 4)
+        for name, value in OWN_CONSTANTS.items():
+            self.register_buffer(name, torch.tensor(value))
+        self.register_load_state_dict_pre_hook(add_own_constants)
+
+    def normalize(self, images):
+        """Turn uint8 images (N, 3, 300, 300) on the model's device into the floats it takes."""
+        return normalize(images, self.image_mean, self.image_std)
 
     def forward(self, image):
         """Map normalized images (N, 3, 300, 300) to locs (N, P, 4) and scores (N, P, C).
@@ -404,7 +440,7 @@ class SSD300(nn.Module):
         the softmax.
         """
         conv4_3_feats, conv7_feats = self.base(image)
-        conv4_3_feats = L2Rescale.apply(conv4_3_feats, self.rescale_factors)
+        conv4_3_feats = L2Rescale.apply(conv4_3_feats, self.rescale_factors, self.l2_epsilon)
         return self.pred_convs(conv4_3_feats, conv7_feats, *self.aux_convs(conv7_feats))
 
     @staticmethod
@@ -419,29 +455,29 @@ class SSD300(nn.Module):
             # Section 2.2: the extra square lies between this map's scale and the next one's.
             extra = math.sqrt(scale * next_scale)
             sizes = [(scale * math.sqrt(r), scale / math.sqrt(r)) for r in map_.aspect_ratios]
-            sizes = torch.tensor([sizes[0], (extra, extra), *sizes[1:]])    # (priors a cell, 2)
-
-            centres = (torch.arange(map_.size) + 0.5) / map_.size
-            cy, cx = torch.meshgrid(centres, centres, indexing='ij')
-            cells = torch.stack([cx, cy], dim=2).view(-1, 1, 2)             # (size * size, 1, 2)
-            priors = torch.cat(torch.broadcast_tensors(cells, sizes), dim=2)
-            priors_of_maps.append(priors.reshape(-1, 4))
+            sizes = [sizes[0], (extra, extra), *sizes[1:]]
+            priors_of_maps.append(spread_priors(sizes, map_.size, map_.size))
         priors_cxcy = torch.cat(priors_of_maps).clamp(0, 1)
         assert priors_cxcy.shape == (N_PRIORS, 4), f'{tuple(priors_cxcy.shape)}, not {N_PRIORS}'
         return priors_cxcy
 
     @classmethod
     def from_checkpoint(cls, path):
-        """The model of a checkpoint that `train.py` wrote: on the CPU, in evaluation mode.
+        """The model of a checkpoint: on the CPU, in evaluation mode. No code of the file is run.
+
+        Besides what `train.py` wrote it knows the weights that others published: see
+        `published.read_checkpoint()`.
 
         Raises:
-            UserError: the file is missing, truncated, or not a checkpoint of this program.
+            UserError: the file is missing, truncated, or of another program.
         """
-        checkpoint = load_checkpoint(path)
+        from published import read_checkpoint  # which needs the names above
+        checkpoint = read_checkpoint(path)
         if not all(isinstance(checkpoint.get(key), dict) for key in ('model', 'label_map')):
             raise UserError(f'{path} is not a checkpoint of this program: it holds '
                             f'{sorted(map(str, checkpoint))[:5]}, not the dictionaries model and '
-                            f'label_map; give one that train.py wrote')
+                            f'label_map; give one that train.py wrote, or an SSD300 of '
+                            f'torchvision, ssd.pytorch or a-PyTorch-Tutorial-to-Object-Detection')
         model = cls(n_classes=len(checkpoint['label_map']))
         try:
             model.load_state_dict(checkpoint['model'])

@@ -37,11 +37,13 @@ from machine import (
     n_processes,
     prepare_gpu,
     process_number,
+    share_buffers,
     signals_as_flag,
     sum_over_processes,
     wait_for_processes,
 )
 from model import SSD300, MultiBoxLoss
+from published import start_from_coco
 from report import Report
 from utils import (
     SIDE,
@@ -76,9 +78,14 @@ class Parameters:
 
     # --- model ---
 
-    # Start from torchvision's ImageNet weights of VGG-16 (a download of 528 MB, once). Without
-    # them 07 + 12 is too little to learn from: expect a much lower mAP.
+    # Start from trained weights. Without them 07 + 12 is too little to learn from: expect a much
+    # lower mAP.
     pretrained: bool = True
+    # Which ones. imagenet: torchvision's VGG-16 (a download of 528 MB, once), the paper's start.
+    # coco: torchvision's whole SSD300 of COCO (136 MB), its priors and the scores of the classes
+    # that COCO has among yours (all of VOC's) included. It needs a fraction of the schedule: try
+    # --iterations 20000 --decay-lr-at 12000 16000.
+    init: Literal['imagenet', 'coco'] = 'imagenet'
 
     # --- optimiser ---
 
@@ -184,7 +191,8 @@ def make_scaler(dtype, device):
 # --------------------------------------------------------------------------------------------------
 
 
-def find_gradients(network, criterion, scaler, dtype, n_parts, images, boxes, labels):
+def find_gradients(network, criterion, scaler, dtype, n_parts, images, boxes, labels,
+                   normalize=normalize):
     """Forward and backward pass of a batch, or of this process's share of it.
 
     Args:
@@ -195,6 +203,7 @@ def find_gradients(network, criterion, scaler, dtype, n_parts, images, boxes, la
         n_parts: that are worked on one after the other, to save memory.
         images: (N, 3, 300, 300) uint8.
         boxes, labels: for each image (O, 4), (O,).
+        normalize: function from such images to the floats that the network takes.
 
     Returns:
         Classification and localization loss, scalars. Of several processes, the sums of theirs are
@@ -362,8 +371,8 @@ def run(p, device):
     model.label_map = train_set.label_map
     optimizer = make_optimizer(model, p.optimizer, p.weight_decay)
     scaler = make_scaler(dtype, device)
-    criterion = MultiBoxLoss(model.priors_cxcy).to(device)
     start = load_start(p, model, optimizer, scaler)
+    criterion = MultiBoxLoss(model.priors_cxcy).to(device)  # the weights may bring priors
     is_first = process_number() == 0
     if is_first:
         describe_run(p, device, dtype, start, train_set, test_set)
@@ -396,7 +405,7 @@ def run(p, device):
                 lambda i: [train_set.images[image] for _, image in batches.batch(i)]) as report:
         done = train(
             functools.partial(find_gradients, network, criterion, scaler, dtype,
-                              p.grad_accumulation),
+                              p.grad_accumulation, normalize=model.normalize),
             functools.partial(step_if_finite, optimizer, scaler, dtype), optimizer,
             batches_on(device, loader), start, p.iterations,
             lambda i: get_lr(i, p.lr, p.warmup, p.decay_lr_at), report, p.print_freq, p.save_every,
@@ -437,13 +446,24 @@ def load_start(p, model, optimizer, scaler):
     """Load the weights that the parameters name; returns the number of iterations done."""
     path = find_newest(p.checkpoint) if p.resume == 'auto' else p.resume
     if path is None:
-        if p.pretrained and process_number() == 0:  # the others get its weights
-            model.base.load_pretrained_layers()
+        if process_number() == 0:  # the others get its weights
+            load_pretrained(p, model)
+        share_buffers(model)  # now, since the loss is made of the priors
         return 0
     start = restore(path, model, optimizer, scaler, dataclasses.asdict(p))
     if start >= p.iterations:
         raise UserError(f'{path} has {start} iterations already; give more --iterations')
     return start
+
+
+def load_pretrained(p, model):
+    """Load the trained weights that the parameters name."""
+    if p.pretrained and p.init == 'imagenet':
+        model.base.load_pretrained_layers()
+    elif p.pretrained:
+        found = start_from_coco(model)
+        print(f'{len(found)} of {model.n_classes - 1} classes start with what COCO knows of them: '
+              f'{", ".join(found) or "none"}')
 
 
 def find_newest(path):

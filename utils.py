@@ -527,18 +527,23 @@ def to_rgb(image):
 
 @functools.cache
 def imagenet_constants(device):
-    """ImageNet's mean and std for pixels from 0 to 255, on a device: (3, 1, 1) each."""
-    constants = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
-    return constants.view(2, 3, 1, 1).unbind(0)
+    """ImageNet's mean and std on a device: (3,) each, from 0 to 1."""
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).unbind(0)
 
 
-def normalize(images):
-    """Turn uint8 images (..., 3, H, W) into the floats that the network takes.
+def normalize(images, mean=None, std=None):
+    """Turn uint8 images (..., 3, H, W) into the floats that a network takes.
 
-    With the mean and std of ImageNet, as torchvision's VGG-16 was trained, on the images' device.
+    A model that was trained with others than ImageNet's constants brings them, see
+    `SSD300.normalize()`.
+
+    Args:
+        mean, std: (3,) each, of red, green and blue from 0 to 1, on the images' device. None:
+            those of ImageNet, as torchvision's VGG-16 was trained.
     """
-    mean, std = imagenet_constants(images.device)
-    return (images - mean).div_(std)
+    if mean is None:
+        mean, std = imagenet_constants(images.device)
+    return (images - 255 * mean.view(3, 1, 1)).div_(255 * std.view(3, 1, 1))
 
 
 def __getattr__(name):
@@ -679,6 +684,25 @@ def save_checkpoint(path, **state):
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # on the disk before the name points to it
+
+
+def download_weights(weights, otherwise):
+    """The state dict of torchvision's `weights`, downloaded once and kept.
+
+    Args:
+        weights: a member of one of torchvision's enumerations of weights.
+        otherwise: what a person without a network can do, as the end of a sentence.
+
+    Raises:
+        UserError: the weights cannot be had; the message says what to do.
+    """
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except Exception as error:  # of the network, of the disk, or of what is in the file
+        raise UserError(
+            f'the weights could not be loaded from {weights.url} ({type(error).__name__}: '
+            f'{error}); connect to the network, or put the file into '
+            f'{torch.hub.get_dir()}/checkpoints, or {otherwise}') from error
 
 
 def load_checkpoint(path):

@@ -23,6 +23,20 @@ def cpu():
     return torch.device('cpu')
 
 
+# --- device ---
+
+
+def test_a_device_has_a_name():
+    assert machine.choose_device('cpu') == torch.device('cpu')
+    assert machine.choose_device('auto').type == ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+@pytest.mark.parametrize('name', ['gpu', 'cuda:99', ''])
+def test_a_device_that_is_not_there_is_a_slip(name):
+    with pytest.raises(UserError, match=f'{name!r}.*--device cpu'):
+        machine.choose_device(name)
+
+
 # --- number formats and compiler ---
 
 

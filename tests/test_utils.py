@@ -85,17 +85,6 @@ def test_a_file_in_the_way_of_a_folder_is_a_slip(tmp_path):
     assert utils.make_folder(tmp_path / 'a' / 'b').is_dir()
 
 
-def test_a_device_has_a_name():
-    assert utils.choose_device('cpu') == torch.device('cpu')
-    assert utils.choose_device('auto').type == ('cuda' if torch.cuda.is_available() else 'cpu')
-
-
-@pytest.mark.parametrize('name', ['gpu', 'cuda:99', ''])
-def test_a_device_that_is_not_there_is_a_slip(name):
-    with pytest.raises(UserError, match=f'{name!r}.*--device cpu'):
-        utils.choose_device(name)
-
-
 # --------------------------------------------------------------------------------------------------
 # Classes and labels
 # --------------------------------------------------------------------------------------------------

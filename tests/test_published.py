@@ -1,0 +1,523 @@
+"""Published weights: what a converted network finds is what the original finds.
+
+torchvision's own code is at hand. Of the other two programs the tests write the forward pass and
+the priors down anew, slowly, after their sources. All weights are random; nothing is downloaded.
+"""
+
+import io
+import itertools
+import math
+import os
+import pathlib
+import pickle
+import sys
+import types
+import zipfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.models.detection import SSD300_VGG16_Weights, ssd as torchvision_ssd, ssd300_vgg16
+
+import detect as detect_module
+import published
+import train
+import utils
+from model import SSD300, VGGBase
+from published import coco_label_map, start_from_coco
+
+WEIGHTS = SSD300_VGG16_Weights.COCO_V1
+
+
+@pytest.fixture(scope='module')
+def photos():
+    """Two images (3, 300, 300) uint8: real ones where they are at hand, else a drawn scene."""
+    folder = pathlib.Path(os.environ.get('SSD_SAMPLE_DATA', 'nowhere')) / 'voc-sample' / 'VOC2007'
+    paths = sorted((folder / 'JPEGImages').glob('*.jpg'))[:2]
+    if paths:
+        images = [Image.open(path).convert('RGB').resize((300, 300)) for path in paths]
+        return [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                .view(300, 300, 3).permute(2, 0, 1).contiguous() for image in images]
+    rows, columns = torch.meshgrid(torch.arange(300), torch.arange(300), indexing='ij')
+    waves = [128 + 100 * torch.sin(rows / a) * torch.cos(columns / b)
+             for a, b in ((9, 17), (31, 5), (50, 50), (4, 60), (13, 8), (70, 21))]
+    # The noise keeps places that look alike from equal scores, whose order is open.
+    noise = torch.randint(0, 20, (6, 300, 300), generator=torch.Generator().manual_seed(0))
+    return list((torch.stack(waves) + noise).to(torch.uint8).view(2, 3, 300, 300))
+
+
+@pytest.fixture(scope='module')
+def torchvisions():
+    """torchvision's SSD300, random, its boxes near their priors as those of a trained one are."""
+    torch.manual_seed(1)
+    network = ssd300_vgg16(weights=None, weights_backbone=None).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if 'regression_head' in name:
+                parameter.mul_(0.2)
+            elif name.endswith('bias'):
+                parameter.uniform_(-0.1, 0.1)
+        network.backbone.scale_weight.uniform_(5., 15.)
+    return network
+
+
+@pytest.fixture(scope='module')
+def converted(torchvisions, tmp_path_factory):
+    """The same network by way of a file."""
+    path = tmp_path_factory.mktemp('torchvision') / 'ssd300_vgg16_coco.pth'
+    torch.save(torchvisions.state_dict(), path)
+    return SSD300.from_checkpoint(path)
+
+
+@pytest.fixture
+def downloads(torchvisions, monkeypatch):
+    """The published weights are the random ones; a list of how often they were asked for."""
+    asked = []
+
+    def get_state_dict(weights, *args, **kwargs):
+        assert weights is WEIGHTS
+        asked.append(kwargs)
+        return torchvisions.state_dict()
+
+    monkeypatch.setattr(type(WEIGHTS), 'get_state_dict', get_state_dict)
+    return asked
+
+
+# --- torchvision ---
+
+
+@torch.no_grad()
+def test_torchvisions_network_gives_the_same_output(torchvisions, converted, photos):
+    for photo in photos:
+        images, _ = torchvisions.transform([photo / 255])
+        maps = list(torchvisions.backbone(images.tensors).values())
+        expected = torchvisions.head(maps)
+        locs, scores = converted(converted.normalize(photo.unsqueeze(0)))
+        assert torch.allclose(locs, expected['bbox_regression'], atol=1e-4)
+        assert torch.allclose(scores, expected['cls_logits'], atol=1e-4)
+        priors = torchvisions.anchor_generator(images, maps)[0] / 300
+        assert torch.allclose(utils.cxcy_to_xy(converted.priors_cxcy), priors, atol=1e-6)
+
+
+@torch.no_grad()
+def test_torchvisions_network_finds_the_same_objects(torchvisions, converted, photos, monkeypatch):
+    # torchvision clips boxes before the suppression, this program after it.
+    monkeypatch.setattr(torchvision_ssd.box_ops, 'clip_boxes_to_image', lambda boxes, size: boxes)
+    for photo in photos:
+        expected, = torchvisions([photo / 255])
+        predictions = converted(converted.normalize(photo.unsqueeze(0)))
+        (boxes,), (labels,), (scores,) = converted.detect_objects(*predictions, 0.01, 0.45, 200)
+        assert len(boxes) == 200 and len(labels.unique()) > 10 and boxes.std() > 0.1
+        assert torch.equal(labels, expected['labels'])
+        assert torch.allclose(scores, expected['scores'], atol=1e-4)
+        assert torch.allclose(boxes, (expected['boxes'] / 300).clamp(0, 1), atol=1e-4)
+
+
+def test_coco_has_its_names_each_once(converted):
+    names, labels = WEIGHTS.meta['categories'], converted.label_map
+    assert list(labels.values()) == list(range(91)) and list(labels)[0] == 'background'
+    for name, number in labels.items():
+        assert names[number] in (name, '__background__', 'N/A')
+    assert labels['person'] == 1 and labels['dining table'] == names.index('dining table')
+
+
+def test_torchvisions_network_of_other_classes_has_numbers(tmp_path):
+    state = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=3).state_dict()
+    torch.save(state, tmp_path / 'three.pth')
+    labels = SSD300.from_checkpoint(tmp_path / 'three.pth').label_map
+    assert labels == {'background': 0, 'class 1': 1, 'class 2': 2}
+
+
+# --- ssd.pytorch ---
+
+# Of the layers: channels in and out, size of the kernel.
+VGG = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256),
+       14: (256, 256), 17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512),
+       26: (512, 512), 28: (512, 512), 31: (512, 1024), 33: (1024, 1024, 1)}
+EXTRAS = ((1024, 256, 1), (256, 512, 3), (512, 128, 1), (128, 256, 3), (256, 128, 1), (128, 256, 3),
+          (256, 128, 1), (128, 256, 3))
+HEADS = tuple(zip((512, 1024, 512, 256, 256, 256), (4, 6, 6, 6, 4, 4)))
+
+
+def random_convolution(in_channels, out_channels, kernel=3):
+    """Weight and bias that keep the size of what goes through, as random ones do not."""
+    weight = torch.randn(out_channels, in_channels, kernel, kernel)
+    return weight * math.sqrt(2 / (in_channels * kernel ** 2)), 0.1 * torch.randn(out_channels)
+
+
+def ssd_pytorch_state(n_classes=21):
+    layers = {f'vgg.{number}': shape for number, shape in VGG.items()}
+    layers |= {f'extras.{number}': shape for number, shape in enumerate(EXTRAS)}
+    for number, (channels, n_priors) in enumerate(HEADS):
+        layers[f'loc.{number}'] = channels, 4 * n_priors
+        layers[f'conf.{number}'] = channels, n_classes * n_priors
+    state = {'L2Norm.weight': 20 * torch.rand(512)}
+    for name, shape in layers.items():
+        state[f'{name}.weight'], state[f'{name}.bias'] = random_convolution(*shape)
+    return state
+
+
+def ssd_pytorch_forward(state, x):
+    """forward() of ssd.py, its lists of layers written out by number."""
+    def layer(name, x, **options):
+        return F.conv2d(x, state[f'{name}.weight'], state[f'{name}.bias'], **options)
+
+    sources = []
+    for number in VGG:
+        if number in (5, 10, 17, 24, 31):   # a pooling stands before these
+            pooling = {17: {'kernel_size': 2, 'ceil_mode': True},
+                       31: {'kernel_size': 3, 'stride': 1, 'padding': 1}}
+            x = F.max_pool2d(x, **pooling.get(number, {'kernel_size': 2}))
+        options = {31: {'padding': 6, 'dilation': 6}, 33: {}}.get(number, {'padding': 1})
+        x = F.relu(layer(f'vgg.{number}', x, **options))
+        if number == 21:
+            norm = x.pow(2).sum(dim=1, keepdim=True).sqrt() + 1e-10
+            sources.append(state['L2Norm.weight'].view(1, -1, 1, 1) * (x / norm))
+    sources.append(x)
+    for number in range(8):
+        options = {1: {'stride': 2, 'padding': 1}, 3: {'stride': 2, 'padding': 1}}.get(number, {})
+        x = F.relu(layer(f'extras.{number}', x, **options))
+        if number % 2 == 1:
+            sources.append(x)
+    outputs = [torch.cat([layer(f'{kind}.{i}', x, padding=1).permute(0, 2, 3, 1).flatten(1)
+                          for i, x in enumerate(sources)], dim=1) for kind in ('loc', 'conf')]
+    return outputs[0].view(1, -1, 4), outputs[1].view(1, 8732, -1)
+
+
+def ssd_pytorch_priors():
+    """forward() of layers/functions/prior_box.py with the numbers of data/config.py."""
+    mean = []
+    for size, step, least, most, ratios in zip(
+            (38, 19, 10, 5, 3, 1), (8, 16, 32, 64, 100, 300), (30, 60, 111, 162, 213, 264),
+            (60, 111, 162, 213, 264, 315), ([2], [2, 3], [2, 3], [2, 3], [2], [2])):
+        for i, j in itertools.product(range(size), repeat=2):
+            cx, cy = (j + 0.5) / (300 / step), (i + 0.5) / (300 / step)
+            s, larger = least / 300, math.sqrt(least / 300 * (most / 300))
+            mean += [cx, cy, s, s, cx, cy, larger, larger]
+            for ratio in ratios:
+                root = math.sqrt(ratio)
+                mean += [cx, cy, s * root, s / root, cx, cy, s / root, s * root]
+    return torch.tensor(mean).view(-1, 4).clamp(0, 1)
+
+
+@torch.no_grad()
+def test_ssd_pytorchs_weights_give_its_output(photos, tmp_path):
+    state = ssd_pytorch_state()
+    torch.save(state, tmp_path / 'ssd300_mAP_77.43_v2.pth', _use_new_zipfile_serialization=False)
+    model = SSD300.from_checkpoint(tmp_path / 'ssd300_mAP_77.43_v2.pth')
+    for photo in photos:
+        # OpenCV's BGR, less the mean, then turned to RGB (BaseTransform, VOCDetection)
+        x = (photo.flip(0) - torch.tensor([104., 117., 123.]).view(3, 1, 1)).flip(0).unsqueeze(0)
+        locs, scores = ssd_pytorch_forward(state, x)
+        assert scores.std() > 0.1
+        got_locs, got_scores = model(model.normalize(photo.unsqueeze(0)))
+        assert torch.allclose(got_locs, locs, rtol=1e-4, atol=1e-5 * locs.abs().max())
+        assert torch.allclose(got_scores, scores, rtol=1e-4, atol=1e-5 * scores.abs().max())
+    assert torch.allclose(model.priors_cxcy, ssd_pytorch_priors(), atol=1e-6)
+    assert model.label_map == utils.label_map
+
+
+# --- a-PyTorch-Tutorial-to-Object-Detection ---
+
+NAMES = ('conv1_1', 'conv1_2', 'conv2_1', 'conv2_2', 'conv3_1', 'conv3_2', 'conv3_3', 'conv4_1',
+         'conv4_2', 'conv4_3', 'conv5_1', 'conv5_2', 'conv5_3', 'conv6', 'conv7')
+MAPS = ('conv4_3', 'conv7', 'conv8_2', 'conv9_2', 'conv10_2', 'conv11_2')
+
+
+class Part(nn.Module):
+    """A module of the tutorial: convolutions with names."""
+
+    def __init__(self, layers):
+        super().__init__()
+        for name, shape in layers.items():
+            setattr(self, name, nn.Conv2d(*shape[:2], kernel_size=(*shape, 3)[2]))
+            layer = getattr(self, name)
+            layer.weight.data, layer.bias.data = random_convolution(*shape)
+
+
+@pytest.fixture
+def tutorial(monkeypatch):
+    """A module `tutorial_model` with the tutorial's classes, and a network made of them."""
+    fake = types.ModuleType('tutorial_model')
+    for name in ('SSD300', 'VGGBase', 'AuxiliaryConvolutions', 'PredictionConvolutions'):
+        setattr(fake, name, type(name, (Part,), {'__module__': 'tutorial_model'}))
+    monkeypatch.setitem(sys.modules, 'tutorial_model', fake)
+    network = fake.SSD300({})
+    network.base = fake.VGGBase(dict(zip(NAMES, VGG.values())))
+    network.base.pool3 = nn.MaxPool2d(2, 2, ceil_mode=True)
+    network.aux_convs = fake.AuxiliaryConvolutions(dict(zip(
+        (f'conv{i}_{j}' for i in (8, 9, 10, 11) for j in (1, 2)), EXTRAS)))
+    heads = {f'{kind}_{name}': (channels, n_priors * n) for kind, n in (('loc', 4), ('cl', 21))
+             for name, (channels, n_priors) in zip(MAPS, HEADS)}
+    network.pred_convs = fake.PredictionConvolutions(heads)
+    network.rescale_factors = nn.Parameter(20 * torch.rand(1, 512, 1, 1))
+    network.n_classes = 21
+    network.priors_cxcy = tutorial_priors()     # neither a parameter nor a buffer there
+    return network
+
+
+def tutorial_priors():
+    """create_prior_boxes() of the tutorial's model.py."""
+    priors, scales = [], (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1.)
+    for k, size in enumerate((38, 19, 10, 5, 3, 1)):
+        ratios = (1., 2., 0.5) if k in (0, 4, 5) else (1., 2., 3., 0.5, .333)
+        for i, j in itertools.product(range(size), repeat=2):
+            cx, cy = (j + 0.5) / size, (i + 0.5) / size
+            for ratio in ratios:
+                root = math.sqrt(ratio)
+                priors.append([cx, cy, scales[k] * root, scales[k] / root])
+                if ratio == 1.:
+                    extra = math.sqrt(scales[k] * scales[k + 1]) if k < 5 else 1.
+                    priors.append([cx, cy, extra, extra])
+    return torch.tensor(priors).clamp(0, 1)
+
+
+def as_ssd_pytorch(network):
+    """The tutorial's weights under ssd.pytorch's names; the two differ in nothing else."""
+    state, theirs = network.state_dict(), {'rescale_factors': 'L2Norm.weight'}
+    auxiliary = [name for name, _ in network.aux_convs.named_children()]
+    pairs = [(f'base.{name}', f'vgg.{number}') for name, number in zip(NAMES, VGG)]
+    pairs += [(f'aux_convs.{name}', f'extras.{i}') for i, name in enumerate(auxiliary)]
+    pairs += [(f'pred_convs.{kind}_{name}', f'{other}.{i}') for i, name in enumerate(MAPS)
+              for kind, other in (('loc', 'loc'), ('cl', 'conf'))]
+    theirs |= {f'{a}.{kind}': f'{b}.{kind}' for a, b in pairs for kind in ('weight', 'bias')}
+    return {theirs[name]: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.filterwarnings('ignore:Couldn.t retrieve source code')
+@pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])
+@torch.no_grad()
+def test_the_tutorials_module_gives_its_output(tutorial, photos, tmp_path, monkeypatch, is_zip):
+    optimizer = torch.optim.SGD(tutorial.parameters(), lr=1e-3, momentum=0.9)
+    for parameter in (tutorial.rescale_factors, tutorial.base.conv1_1.bias):
+        optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+    path = tmp_path / 'checkpoint_ssd300.pth.tar'
+    torch.save({'epoch': 231, 'model': tutorial, 'optimizer': optimizer}, path,
+               _use_new_zipfile_serialization=is_zip)
+    monkeypatch.delitem(sys.modules, 'tutorial_model')     # its code is not there any more
+    monkeypatch.setattr(torch.jit, 'load', None)
+
+    model = SSD300.from_checkpoint(path)
+    assert 'tutorial_model' not in sys.modules
+    assert not any(part.training for part in model.modules())
+    x = photos[0] / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    x = (x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).unsqueeze(0)
+    locs, scores = ssd_pytorch_forward(as_ssd_pytorch(tutorial), x)
+    got_locs, got_scores = model(model.normalize(photos[0].unsqueeze(0)))
+    assert torch.allclose(got_locs, locs, rtol=1e-4, atol=1e-5 * locs.abs().max())
+    assert torch.allclose(got_scores, scores, rtol=1e-4, atol=1e-5 * scores.abs().max())
+    assert torch.equal(model.priors_cxcy, tutorial_priors())
+    assert model.label_map == utils.label_map
+
+
+# --- files that are not to be trusted ---
+
+
+class Calls:
+    """Pickles to a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def evils(marker):
+    """Objects whose pickles would write the file `marker`, by different ways."""
+    touch = f'open({str(marker)!r}, "w")'
+    return {'system': Calls(os.system, f'touch {marker}'), 'eval': Calls(eval, touch),
+            'exec': Calls(exec, touch), 'open': Calls(open, str(marker), 'w'),
+            'import': Calls(__import__, 'antigravity'), 'getattr': Calls(getattr, 'a', 'upper'),
+            'jit': Calls(torch.jit.load, 'x'), 'load': Calls(torch.load, 'x'),
+            'ours': Calls(utils.make_folder, str(marker))}
+
+
+@pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])
+@pytest.mark.parametrize('name', evils('x'))
+def test_code_in_a_file_is_refused(tmp_path, name, is_zip):
+    marker, path = tmp_path / 'marker', tmp_path / 'evil.pth'
+    layer = nn.Conv2d(1, 1, 1)
+    layer.trap = evils(marker)[name]
+    torch.save({'model': layer}, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(utils.UserError, match='evil.pth holds code, which is not run'):
+        SSD300.from_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('code', [
+    b'\x80\x02ctorch._utils\n_rebuild_parameter\n}X\x01\x00\x00\x00aK\x01sb.',
+    b'\x80\x02ccollections\nOrderedDict\n(N}X\x01\x00\x00\x00aK\x01stb.',
+    b'\x80\x02ctorch.nn.modules.conv\nConv2d\n(N}X\x08\x00\x00\x00__call__K\x01stb.',
+    b'\x80\x02ctorch.nn.functional\nrelu\nK\x01\x85R.'], ids=['function', 'type', 'Inert', 'call'])
+def test_what_reads_a_pickle_cannot_be_changed_by_it(code):
+    before = dict(vars(published.Inert))
+    with pytest.raises((pickle.UnpicklingError, TypeError)):
+        published.TensorReader(io.BytesIO(code)).load()
+    assert dict(vars(published.Inert)) == before
+
+
+def test_a_scripted_network_is_refused_unrun(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.jit, 'load', None)
+    with zipfile.ZipFile(tmp_path / 'scripted.pth', 'w') as archive:
+        archive.writestr('scripted/constants.pkl', b'\x80\x02).')
+        archive.writestr('scripted/data.pkl', b'\x80\x02}.')
+    with pytest.raises(utils.UserError, match='scripted.pth'):
+        SSD300.from_checkpoint(tmp_path / 'scripted.pth')
+
+
+@pytest.mark.parametrize('content', [
+    lambda state: {**state, 'vgg.35.weight': torch.ones(1), 'vgg.35.bias': torch.ones(1)},
+    lambda state: {key: value for key, value in state.items() if key != 'extras.3.bias'},
+    lambda state: {key: value for key, value in state.items() if not key.startswith('L2')},
+    lambda state: {**state, 'vgg.x.weight': torch.ones(1)},
+    lambda state: {**state, 'vgg.0.bias': torch.ones(5)},
+    lambda state: {**state, 'conf.0.bias': 4}], ids=['more layers', 'no bias', 'no factors', 'name',
+                                                     'shape', 'no tensor'])
+def test_a_network_of_other_layers_is_named(tmp_path, content):
+    state = {name: tensor.new_zeros(()).expand(tensor.shape)    # a number a tensor on the disk
+             for name, tensor in ssd_pytorch_state(2).items()}
+    torch.save(content(state), tmp_path / 'other.pth')
+    with pytest.raises(utils.UserError, match='other.pth'):
+        SSD300.from_checkpoint(tmp_path / 'other.pth')
+
+
+@pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])
+def test_a_torn_module_is_no_checkpoint(tmp_path, is_zip):
+    path = tmp_path / 'torn.pth'
+    torch.save({'model': nn.Conv2d(8, 8, 3)}, path, _use_new_zipfile_serialization=is_zip)
+    for length in (0, 3, 100, 600, path.stat().st_size - 100):
+        torn = tmp_path / f'torn{length}.pth'
+        torn.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(utils.UserError, match=f'torn{length}.pth'):
+            SSD300.from_checkpoint(torn)
+    with pytest.raises(utils.UserError, match='torn.pth'):
+        SSD300.from_checkpoint(path)    # whole, but no SSD300
+
+
+# --- what travels with the weights ---
+
+
+def test_a_converted_model_comes_back_from_its_own_checkpoint(converted, tmp_path):
+    path = tmp_path / 'own.pth.tar'
+    utils.save_checkpoint(path, model=converted.state_dict(), label_map=converted.label_map)
+    loaded = SSD300.from_checkpoint(path)
+    for name in ('priors_cxcy', 'image_mean', 'image_std', 'l2_epsilon', 'rescale_factors'):
+        assert torch.equal(loaded.state_dict()[name], converted.state_dict()[name])
+    assert loaded.label_map == converted.label_map and loaded.l2_epsilon == torch.tensor(1e-12)
+
+
+def test_an_own_checkpoint_without_constants_has_imagenets(tmp_path):
+    state = SSD300(3).state_dict()
+    for name in ('image_mean', 'image_std', 'l2_epsilon'):
+        del state[name]
+    utils.save_checkpoint(tmp_path / 'old.pth.tar', model=state,
+                          label_map={'background': 0, 'a': 1, 'b': 2})
+    model = SSD300.from_checkpoint(tmp_path / 'old.pth.tar')
+    images = torch.randint(0, 256, (1, 3, 300, 300), dtype=torch.uint8)
+    assert torch.equal(model.normalize(images), utils.normalize(images))
+    assert model.l2_epsilon == torch.tensor(1e-10)
+
+
+# --- detection without a checkpoint ---
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A working folder without a checkpoint, with a photo."""
+    monkeypatch.chdir(tmp_path)
+    Image.radial_gradient('L').save('photo.png')
+    detect_module.default_model.cache_clear()
+    yield tmp_path
+    detect_module.default_model.cache_clear()
+
+
+def test_without_a_checkpoint_coco_is_detected(nowhere, downloads, capsys):
+    detect_module.main(detect_module.Parameters(inputs=('photo.png',), device='cpu',
+                                                output='found.png'))
+    assert 'checkpoint_ssd300.pth.tar is not there' in capsys.readouterr().err
+    assert len(Image.open('found.png').convert('RGB').getcolors(100_000)) > 300   # boxes are drawn
+    prediction, = detect_module.predict([Image.open('photo.png')], min_score=0.1)
+    assert set(prediction['labels']) <= set(coco_label_map())
+    assert downloads == [{'progress': True, 'check_hash': True}] * 2
+
+
+def test_a_checkpoint_that_was_asked_for_is_not_replaced(nowhere, downloads, capsys):
+    pathlib.Path('checkpoint_ssd300.pth.tar').write_text('torn')
+    for path in ('other.pth', './checkpoint_ssd300.pth.tar'):
+        with pytest.raises(SystemExit):
+            detect_module.main(detect_module.Parameters(inputs=('photo.png',), checkpoint=path))
+        assert path in capsys.readouterr().err
+    assert not downloads
+
+
+def test_without_a_network_the_next_step_is_said(nowhere, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError('no route to host')
+
+    monkeypatch.setattr(type(WEIGHTS), 'get_state_dict', fail)
+    with pytest.raises(utils.UserError, match='no route to host.*connect.*train.py'):
+        detect_module.predict([Image.open('photo.png')])
+    with pytest.raises(utils.UserError, match='--init imagenet'):
+        start_from_coco(SSD300(21))
+
+
+# --- training from COCO ---
+
+
+@torch.no_grad()
+def test_vocs_classes_start_with_cocos_scores(downloads, converted, photos):
+    model = SSD300(21).eval()
+    assert start_from_coco(model) == list(utils.voc_labels)
+    coco = {**converted.label_map, 'aeroplane': converted.label_map['airplane'],
+            'motorbike': converted.label_map['motorcycle'], 'sofa': converted.label_map['couch'],
+            'diningtable': converted.label_map['dining table'],
+            'pottedplant': converted.label_map['potted plant'],
+            'tvmonitor': converted.label_map['tv']}
+    image = photos[0].unsqueeze(0)
+    expected_locs, expected = converted(converted.normalize(image))
+    locs, scores = model(model.normalize(image))
+    assert torch.equal(locs, expected_locs)
+    numbers = [coco[name] for name in ('background', *utils.voc_labels)]
+    assert torch.allclose(scores, expected[:, :, numbers], atol=1e-4)
+    assert torch.equal(model.priors_cxcy, converted.priors_cxcy)
+
+
+def test_other_classes_start_random(downloads):
+    model = SSD300(4)
+    model.label_map = {'background': 0, 'RBC': 1, 'stop_sign': 2, 'N/A': 3}
+    before = model.pred_convs.class_convs[0].weight.detach().clone().unflatten(0, (4, 4))
+    assert start_from_coco(model) == ['stop_sign']
+    after = model.pred_convs.class_convs[0].weight.detach().unflatten(0, (4, 4))
+    assert [bool((before[:, i] == after[:, i]).all()) for i in range(4)] == [0, 1, 0, 1]
+
+
+def test_a_run_from_coco_keeps_what_came_with_it(downloads, converted, make_voc, tmp_path,
+                                                 monkeypatch, capsys):
+    folder = make_voc({'train': {stem: [('dog', (5, 5, 40, 40)), ('wug', (9, 9, 50, 30))]
+                                 for stem in 'ab'}})
+    lists = tmp_path / 'lists'
+    utils.write_data_lists([(folder, 'train')], [(folder, 'train')], lists)
+    losses, normalized = [], []
+    loss_class, normalize = train.MultiBoxLoss, SSD300.normalize
+    monkeypatch.setattr(SSD300, 'normalize', lambda model, images: normalized.append(
+        normalize(model, images)) or normalized[-1])
+    monkeypatch.setattr(train, 'MultiBoxLoss',
+                        lambda priors: losses.append(loss_class(priors)) or losses[-1])
+    monkeypatch.setattr(VGGBase, 'load_pretrained_layers', None)
+    path = str(tmp_path / 'run.pth.tar')
+    for iterations in (1, 2):
+        train.main(train.Parameters(
+            data_folder=str(lists), init='coco', iterations=iterations, batch_size=1, warmup=1,
+            decay_lr_at=(), workers=0, device='cpu', checkpoint=path, resume='auto', eval_every=0,
+            precision='float32'))
+    assert len(downloads) == 1 and len(normalized) == 2
+    assert '1 of 2 classes start with what COCO knows of them: dog' in capsys.readouterr().out
+    model = SSD300.from_checkpoint(path)
+    for loss in losses:
+        assert torch.equal(loss.priors_cxcy, converted.priors_cxcy)
+        assert torch.equal(loss.priors_xy, utils.cxcy_to_xy(converted.priors_cxcy))
+    assert torch.equal(model.image_mean, converted.image_mean)
+    assert torch.equal(model.image_std, converted.image_std)
