@@ -1,5 +1,6 @@
 # make demo    sets up .venv, draws a data set, trains, evaluates, and writes an annotated image
 # make test    sets up .venv, runs the linter and the tests
+# make figures sets up .venv, draws the pictures of the README into img/
 #
 # PYTHON names the interpreter that .venv is made from: make test PYTHON=python3.12
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # costs a training step on a CPU 10 to 45 %. With these it keeps the memory.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: demo test setup
+.PHONY: demo test figures setup
 
 setup: .venv/installed
 
@@ -35,3 +36,6 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests
+
+figures: setup
+	$(BIN)/python figures.py
