@@ -1,11 +1,10 @@
-"""What the scripts share: labels, boxes, VOC's files, images, mAP, checkpoints.
+"""What the scripts share: labels, boxes, VOC's files, images, checkpoints.
 
-Eight sections, each of which uses only the sections above it:
+Seven sections, each of which uses only the sections above it:
 
 1. Slips and files        3. Box coordinates             5. Annotations and data lists
 2. Classes and labels     4. Jaccard overlap and NMS     6. Images
-                                                         7. Mean average precision
-                                                         8. Checkpoints
+                                                         7. Checkpoints
 
 Boxes are edges, not pixel indices: (x_min, y_min, x_max, y_max) is the interval from the left edge
 of the first column to the right edge of the last, so a width is x_max - x_min, without a "+ 1".
@@ -547,127 +546,15 @@ def normalize(images, mean=None, std=None):
 
 
 def __getattr__(name):
-    """`utils.transform` is `datasets.transform`, which needs the functions above."""
-    if name == 'transform':
-        return importlib.import_module('datasets').transform
+    """`transform` and `calculate_mAP` stand in modules that need the functions of this one."""
+    homes = {'transform': 'datasets', 'calculate_mAP': 'average_precision'}
+    if name in homes:
+        return getattr(importlib.import_module(homes[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Mean average precision
-#
-# The rule of the VOC 2007 devkit (VOCevaldet.m, VOCap.m), for all images of a class at once.
-# --------------------------------------------------------------------------------------------------
-
-def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
-                  label_map):
-    """Average precision of each class and their mean, by the rule of VOC 2007.
-
-    Args:
-        det_boxes, det_labels, det_scores: lists of a tensor an image: (n, 4), (n,), (n,).
-        true_boxes, true_labels, true_difficulties: the same for objects: (O, 4), (O,), (O,).
-            Boxes are corners in any unit, the same for both.
-        label_map: class names to numbers, background 0.
-
-    Returns:
-        {class name: AP}, NaN for a class without objects (difficult ones do not count), and the
-        mean of those that are not NaN; NaN if there is none.
-    """
-    lists = (det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties)
-    assert len({len(list_) for list_ in lists}) == 1, f'{[len(list_) for list_ in lists]} images'
-    image, boxes = flatten_images(det_boxes, width=4)
-    true_image, true_boxes = flatten_images(true_boxes, width=4)
-    labels, scores, true_labels, difficult = (
-        flatten_images(list_)[1] for list_ in (det_labels, det_scores, true_labels,
-                                               true_difficulties))
-    difficult = difficult.bool()
-
-    average_precisions = {}
-    for name, label in label_map.items():
-        if name == 'background':
-            continue
-        mine, true_mine = labels == label, true_labels == label
-        order = scores[mine].argsort(descending=True, stable=True)
-        correct, wrong = judge_detections(
-            image[mine][order], boxes[mine][order],
-            true_image[true_mine], true_boxes[true_mine], difficult[true_mine])
-        n_objects = int((~difficult[true_mine]).sum())
-        average_precisions[name] = average_precision(correct, wrong, n_objects)
-    known = [ap for ap in average_precisions.values() if not math.isnan(ap)]
-    return average_precisions, sum(known) / len(known) if known else math.nan
-
-
-def flatten_images(tensors, width=None):
-    """One tensor of all images' rows, on the CPU, and the number of each row's image."""
-    counts = torch.tensor([len(tensor) for tensor in tensors], dtype=torch.long)
-    shape = (-1,) if width is None else (-1, width)
-    flat = torch.cat([tensor.detach().cpu().reshape(shape) for tensor in tensors]
-                     or [torch.zeros(0).reshape(shape)])
-    return torch.repeat_interleave(torch.arange(len(counts)), counts), flat
-
-
-def judge_detections(image, boxes, true_image, true_boxes, difficult):
-    """Which detections of one class are right and which are wrong.
-
-    A detection looks at the object of its image that it overlaps most. From an overlap of 0.5 on
-    it is ignored if that object is difficult, right if no better detection has it already, and
-    wrong if one has. Below 0.5 it is wrong.
-
-    Args:
-        image, boxes: (D,), (D, 4), the detections by falling score.
-        true_image, true_boxes, difficult: (T,), (T, 4), (T,), the objects, by image.
-
-    Returns:
-        correct and wrong, (D,) bool each; an ignored detection is neither.
-    """
-    n_detections, n_objects = len(image), len(true_image)
-    # Every pair of a detection and an object in the same image. Objects of an image are neighbours.
-    first = torch.searchsorted(true_image, image)
-    counts = torch.searchsorted(true_image, image, right=True) - first          # (D,)
-    detection = torch.repeat_interleave(torch.arange(n_detections), counts)     # (pairs,)
-    start = counts.cumsum(0) - counts
-    object_ = torch.arange(len(detection)) - start[detection] + first[detection]
-
-    # The corners in float64: an overlap of exactly 0.5 must not fall to rounding.
-    overlap = find_jaccard_overlap(boxes.double()[detection].unsqueeze(1),
-                                   true_boxes.double()[object_].unsqueeze(1)).flatten()
-    best = torch.zeros(n_detections, dtype=torch.float64)
-    best.scatter_reduce_(0, detection, overlap, 'amax')
-    # Of several objects with the same overlap the first, as the devkit's loop finds it.
-    number = torch.where(overlap == best[detection], object_, n_objects)
-    match = torch.full((n_detections,), n_objects).scatter_reduce_(0, detection, number, 'amin')
-    found = best >= 0.5
-    match[~found] = n_objects
-
-    rank = torch.arange(n_detections)
-    winner = torch.full((n_objects + 1,), n_detections).scatter_reduce_(0, match, rank, 'amin')
-    ignored = torch.cat([difficult, difficult.new_zeros(1)])[match]
-    correct = found & ~ignored & (winner[match] == rank)
-    return correct, ~correct & ~ignored
-
-
-def average_precision(correct, wrong, n_objects):
-    """VOC 2007's average precision: the mean of the precision at recall 0, 0.1, ..., 1.
-
-    The precision at a recall is the highest at that recall or above. Recalls are compared in whole
-    numbers, since 3 / 10 and 0.3 need not be the same.
-
-    Args:
-        correct, wrong: (D,) bool, by falling score.
-        n_objects: how many could be found.
-    """
-    if n_objects == 0:
-        return math.nan
-    n_correct, n_wrong = correct.cumsum(0), wrong.cumsum(0)
-    precision = n_correct.double() / (n_correct + n_wrong).clamp(min=1)
-    highest = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
-    highest = torch.cat([highest, highest.new_zeros(1)])    # 0 for a recall that is not reached
-    reached = torch.searchsorted(10 * n_correct, n_objects * torch.arange(11))
-    return highest[reached].mean().item()
-
-
-# --------------------------------------------------------------------------------------------------
-# 8. Checkpoints
+# 7. Checkpoints
 #
 # A dictionary of tensors, numbers, strings, lists and dictionaries: nothing in it is code.
 # --------------------------------------------------------------------------------------------------
