@@ -26,6 +26,7 @@ from matplotlib.patheffects import Stroke, withStroke
 from PIL import Image
 
 import train
+from average_precision import average_precision, judge_detections
 from datasets import transform
 from model import (
     FEATURE_MAPS,
@@ -39,13 +40,11 @@ from model import (
 from report import read_log
 from shapes import OUTLINES, draw_image
 from utils import (
-    average_precision,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
     exit_on_user_error,
     find_intersection,
     find_jaccard_overlap,
-    judge_detections,
     make_folder,
     write_beside,
     xy_to_cxcy,
@@ -578,8 +577,8 @@ def made_up_detections():
     boxes, image = torch.cat([near, far]), torch.cat([true_image, torch.arange(10)])
     scores = torch.rand(30, generator=dice) + torch.tensor([0.45] * 20 + [0.] * 10)
     order = scores.argsort(descending=True)
-    correct, wrong = judge_detections(image[order], boxes[order], true_image, true_boxes,
-                                      torch.zeros(20, dtype=torch.bool))
+    correct, wrong, _ = judge_detections(image[order], boxes[order], true_image, true_boxes,
+                                         torch.zeros(20, dtype=torch.bool))
     return correct, wrong, 20
 
 

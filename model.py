@@ -23,12 +23,13 @@ from utils import (
     UserError,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
+    default_label_map,
     download_weights,
     find_jaccard_overlap,
     gcxgcy_to_cxcy,
-    greedy_keep,
-    label_map as voc_label_map,
     normalize,
+    rank_in_group,
+    suppress_in_groups,
     xy_to_cxcy,
 )
 
@@ -60,7 +61,6 @@ FEATURE_MAPS = (
     FeatureMap('conv11_2', 256, 1, 0.9, (1., 2., 1 / 2)),
 )
 N_PRIORS = sum(map_.size ** 2 * map_.n_priors_per_cell for map_ in FEATURE_MAPS)  # 8732
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,8 +293,6 @@ class L2Rescale(torch.autograd.Function):
 
 # How many candidates of a class enter non-maximum suppression (nms_param.top_k of the Caffe code).
 MAX_CANDIDATES_PER_CLASS = 400
-# Overlaps that are looked at together: 4 MiB, which stay in a processor's cache.
-MAX_OVERLAPS_AT_ONCE = 2 ** 20
 
 
 def find_candidates(log_probs, min_score):
@@ -322,49 +320,6 @@ def find_candidates(log_probs, min_score):
     return group, prior, log_probs[group // n_classes, prior, group % n_classes]
 
 
-def rank_in_group(group):
-    """The place of each element in its group, from 0: (M,) for sorted group numbers (M,)."""
-    counts = torch.bincount(group)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(group), device=group.device) - starts[group]
-
-
-def suppress_in_groups(boxes, group, max_overlap):
-    """Non-maximum suppression in many groups at a time.
-
-    Args:
-        boxes: (M, 4), sorted by group and in a group by falling score.
-        group: (M,), sorted group numbers.
-
-    Returns:
-        (M,) bool, True where the box is kept.
-    """
-    if len(group) == 0:
-        return torch.ones_like(group, dtype=torch.bool)
-    # One row a group, the longest group first, filled up with boxes of no area, which overlap
-    # nothing.
-    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
-    rank = rank_in_group(row)
-    counts, by_size = counts.sort(descending=True)
-    row = by_size.argsort()[row]
-    counts = counts.tolist()
-    padded = boxes.new_zeros(len(counts), counts[0], 4)
-    padded[row, rank] = boxes
-    keep = torch.ones(padded.shape[:2], dtype=torch.bool, device=boxes.device)
-
-    # Groups of like size go together, since the work grows with the square of the longest.
-    start = 0
-    while start < len(counts) and counts[start] > 1:
-        longest = counts[start]
-        end = min(len(counts), start + max(1, MAX_OVERLAPS_AT_ONCE // longest ** 2))
-        while 2 * counts[end - 1] < longest:
-            end -= 1
-        some = padded[start:end, :longest]
-        keep[start:end, :longest] = greedy_keep(find_jaccard_overlap(some, some), max_overlap)
-        start = end
-    return keep[row, rank]
-
-
 # --------------------------------------------------------------------------------------------------
 # The network
 # --------------------------------------------------------------------------------------------------
@@ -379,13 +334,6 @@ def add_own_constants(model, state, prefix, *_):
     """Complete a state dict from the time when every model had the same constants."""
     for name, value in OWN_CONSTANTS.items():
         state.setdefault(prefix + name, torch.tensor(value))
-
-
-def default_label_map(n_classes):
-    """VOC's classes where there are 21, and numbers where there is any other number of them."""
-    if n_classes == len(voc_label_map):
-        return dict(voc_label_map)
-    return {'background': 0, **{f'class {i}': i for i in range(1, n_classes)}}
 
 
 def spread_priors(sizes, n_cells, cells_across):

@@ -23,8 +23,8 @@ from collections import OrderedDict
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
-from model import FEATURE_MAPS, SSD300, default_label_map, spread_priors
-from utils import SIDE, UserError, download_weights, load_checkpoint
+from model import FEATURE_MAPS, SSD300, spread_priors
+from utils import SIDE, UserError, default_label_map, download_weights, load_checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # A pickle of modules, read without its code

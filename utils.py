@@ -133,6 +133,13 @@ label_map = {'background': 0, **{name: number for number, name in enumerate(voc_
 rev_label_map = {number: name for name, number in label_map.items()}
 
 
+def default_label_map(n_classes):
+    """VOC's classes where there are 21, and numbers where there is any other number of them."""
+    if n_classes == len(label_map):
+        return dict(label_map)
+    return {'background': 0, **{f'class {i}': i for i in range(1, n_classes)}}
+
+
 def distinct_colors(label_map):
     """A colour for every class name, as '#rrggbb'; the background is white."""
     # Steps of the golden ratio spread any number of hues around the circle; two levels of
@@ -266,6 +273,53 @@ def non_max_suppression(boxes, scores, max_overlap):
     """
     order = scores.argsort(descending=True, stable=True)
     return order[greedy_keep(find_jaccard_overlap(boxes[order], boxes[order]), max_overlap)]
+
+
+# Overlaps that are looked at together: 4 MiB, which stay in a processor's cache.
+MAX_OVERLAPS_AT_ONCE = 2 ** 20
+
+
+def rank_in_group(group):
+    """The place of each element in its group, from 0: (M,) for sorted group numbers (M,)."""
+    counts = torch.bincount(group)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(group), device=group.device) - starts[group]
+
+
+def suppress_in_groups(boxes, group, max_overlap):
+    """Non-maximum suppression in many groups at a time.
+
+    Args:
+        boxes: (M, 4), sorted by group and in a group by falling score.
+        group: (M,), sorted group numbers.
+
+    Returns:
+        (M,) bool, True where the box is kept.
+    """
+    if len(group) == 0:
+        return torch.ones_like(group, dtype=torch.bool)
+    # One row a group, the longest group first, filled up with boxes of no area, which overlap
+    # nothing.
+    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
+    rank = rank_in_group(row)
+    counts, by_size = counts.sort(descending=True)
+    row = by_size.argsort()[row]
+    counts = counts.tolist()
+    padded = boxes.new_zeros(len(counts), counts[0], 4)
+    padded[row, rank] = boxes
+    keep = torch.ones(padded.shape[:2], dtype=torch.bool, device=boxes.device)
+
+    # Groups of like size go together, since the work grows with the square of the longest.
+    start = 0
+    while start < len(counts) and counts[start] > 1:
+        longest = counts[start]
+        end = min(len(counts), start + max(1, MAX_OVERLAPS_AT_ONCE // longest ** 2))
+        while 2 * counts[end - 1] < longest:
+            end -= 1
+        some = padded[start:end, :longest]
+        keep[start:end, :longest] = greedy_keep(find_jaccard_overlap(some, some), max_overlap)
+        start = end
+    return keep[row, rank]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from conftest import overlap_of
 from PIL import Image
 
 import figures
+from average_precision import average_precision
 from model import FEATURE_MAPS, SSD300
 from report import COLUMNS, write_log
-from utils import average_precision, cxcy_to_xy
+from utils import cxcy_to_xy
 
 NAMES = {'network', 'overlap', 'fc_to_conv', 'priors_of_a_cell', 'priors_of_a_map', 'offsets',
          'stacking', 'matching', 'hard_negatives', 'nms', 'augmentation', 'learning_rate',
