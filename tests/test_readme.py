@@ -107,18 +107,21 @@ def test_shell_blocks_name_scripts_options_and_targets_that_are_there():
 
 
 def all_names():
-    """Everything that the code defines: of modules, classes, layers, and names of arguments."""
-    names = set(dir(builtins)) | set(MODULES)
+    """What the code defines: names of modules, classes and functions; and of anything else.
+
+    The second set has layers, parameters, arguments and variables.
+    """
+    defined, names = set(dir(builtins)) | set(MODULES), set()
     model = SSD300(2)
     names |= {part for name, _ in model.named_modules() for part in name.split('.')}
     names |= {name.split('.')[-1] for name in (*model.state_dict(), *dict(model.named_buffers()))}
     for module_name, module in MODULES.items():
         for name, value in vars(module).items():
-            names |= {name, f'{module_name}.{name}'}
+            defined |= {name, f'{module_name}.{name}'}
             functions = {name: value}
             if inspect.isclass(value) and value.__module__ == module_name:
-                names |= {f'{name}.{attribute}' for attribute in dir(value)}
-                names |= set(dir(value)) - set(dir(nn.Module))
+                defined |= {f'{name}.{attribute}' for attribute in dir(value)}
+                defined |= set(dir(value)) - set(dir(nn.Module))
                 functions = vars(value)
                 if dataclasses.is_dataclass(value):
                     names |= {field.name for field in dataclasses.fields(value)}
@@ -127,11 +130,12 @@ def all_names():
                 if inspect.isfunction(function):
                     names |= set(inspect.signature(function).parameters)
                     names |= set(function.__code__.co_varnames)
-    return names
+    return defined, defined | names
 
 
 def test_names_in_backticks_are_there():
-    known = all_names() | OTHERS
+    defined, known = all_names()
+    known |= OTHERS
     every_option = set().union(*(options_of(f'{name}.py') for name in (*MODULES, 'benchmark')
                                  if hasattr(importlib.import_module(name), 'Parameters')))
     codes = re.findall(r'`([^`\n]+)`', PROSE)
@@ -142,7 +146,7 @@ def test_names_in_backticks_are_there():
         if re.fullmatch(r'[\w/]+\.(py|md|txt)', first):
             assert (ROOT / first).is_file() or first in ('trainval.txt', 'test.txt'), code
         elif call:
-            assert call[1] in known, code
+            assert call[1] in defined, code
         elif re.fullmatch(r'[A-Za-z_]\w*\.[A-Za-z_]\w*', code) and code.split('.')[0] in known:
             assert code in known, code
         elif re.fullmatch(r'[a-z]+(_[a-z0-9]+)+|[A-Z][a-z]+[A-Z]\w+|[A-Z]+_[A-Z_]+|_[a-z]+', code):
@@ -198,6 +202,7 @@ PICTURES = re.findall(r'!\[([^]]*)\]\(([^)\s]+)\)', PROSE)
 @pytest.mark.parametrize('text, path', PICTURES, ids=[path for _, path in PICTURES])
 def test_picture_is_there_and_has_a_text(text, path):
     assert len(text) > 20
+    assert (ROOT / path).is_file(), f'{path} is missing'
     with Image.open(ROOT / path) as picture:
         picture.verify()
 
