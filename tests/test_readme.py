@@ -28,7 +28,7 @@ MODULES = {path.stem: importlib.import_module(path.stem) for path in ROOT.glob('
            if path.stem != 'benchmark'}
 
 # Names in backticks that are other programs', or parts of files and messages.
-OTHERS = {'SIGTERM', 'avx512_bf16', 'ceil_mode', 'label_map.json', 'torch.load'}
+OTHERS = {'log.csv', 'SIGTERM', 'avx512_bf16', 'ceil_mode', 'label_map.json', 'torch.load'}
 TORCHRUN = {'--nproc-per-node', '--nnodes', '--rdzv-backend', '--rdzv-endpoint', '--standalone',
             '--node-rank', '--master-addr', '--master-port'}
 
