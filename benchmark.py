@@ -24,21 +24,24 @@ import platform
 import random
 import subprocess
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 from typing import Literal
 
+import av
 import torch
 import torchvision
 import tyro
-from PIL import Image
+from PIL import Image, ImageChops
 from torchvision import tv_tensors
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from datasets import FILLER, PascalVOCDataset
+from detect import annotate_images, annotate_video, draw_objects, predict
 from eval import MAX_OVERLAP, MIN_SCORE, TOP_K
 from machine import choose_device, choose_precision, process_memory
 from model import MAX_CANDIDATES_PER_CLASS, N_PRIORS, SSD300, MultiBoxLoss
@@ -50,6 +53,7 @@ from utils import (
     calculate_mAP,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
+    distinct_colors,
     exit_on_user_error,
     find_jaccard_overlap,
     label_map as voc_label_map,
@@ -73,9 +77,9 @@ class Parameters:
     boxes: str | None = None
 
     # --- what is measured ---
-    # Names of the rows; none: all. The last three take minutes on a CPU.
+    # Names of the rows; none: all. The last four take minutes on a CPU.
     only: tuple[Literal['data', 'loss', 'detect', 'untrained', 'mAP', 'step', 'inference',
-                        'memory'], ...] = ()
+                        'memory', 'files'], ...] = ()
     # Measurements of each side for a training step, after one to warm up; quicker rows take up to
     # ten times as many. More if the ratios waver from run to run.
     repeats: int = 3
@@ -593,6 +597,48 @@ def measure_memory(boxes_path, device, batch_size=32):
             for name, format_ in formats_of(device).items()]
 
 
+def write_video(path, images, n_frames):
+    """A video of 30 frames a second and 1280 x 720 pixels that shows images in turn."""
+    frames = [Image.open(image).convert('RGB').resize((1280, 720)) for image in images]
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=30)
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, 'yuv420p'
+        for number in range(n_frames):  # it moves, as a real one does
+            picture = ImageChops.offset(frames[number // 15 % len(frames)], 4 * number, number)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+def measure_files(images_folder, device, repeats, n_images=64, n_frames=60):
+    """`detect.py` as it is run: from files to annotated files. torchvision has no such script.
+
+    Random weights find nothing real, so up to five of whatever scores best are drawn.
+    """
+    torch.manual_seed(0)
+    model = SSD300(N_CLASSES).eval().to(device, memory_format=torch.channels_last)
+    model.label_map = voc_label_map
+    find = functools.partial(predict, min_score=0.06, top_k=5, model=model)
+    draw = functools.partial(draw_objects, colors=distinct_colors(voc_label_map), suppress=())
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, 'w') as nowhere:
+        folder = pathlib.Path(folder)
+        source = pathlib.Path(images_folder or draw_folder(folder / 'drawn', n_images))
+        paths = sorted((source / 'JPEGImages').glob('*.jpg'))[:n_images]
+        outputs = [folder / f'{i}.jpg' for i in range(len(paths))]
+        video, stopped = folder / 'video.mp4', threading.Event()
+        write_video(video, paths[:8], n_frames)
+        rest = find, draw, lambda *args, **more: None, 32, stopped
+        one = Image.open(paths[0]).convert('RGB')
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            images, = measure_in_turn([lambda: annotate_images(paths, outputs, *rest)], repeats)
+            videos, = measure_in_turn(
+                [lambda: annotate_video(str(video), folder / 'out.mp4', *rest)], repeats)
+        alone, = measure_in_turn([lambda: find([one])], 10 * repeats)
+    return [row_of_times('files: JPEG to annotated JPEG', 'images/s', len(paths), images),
+            row_of_times('files: predict, one image', 'ms', 1, alone),
+            row_of_times('files: video 1280 x 720', 'images/s', n_frames, videos,
+                         note='frames, decoded, annotated, encoded')]
+
+
 # --------------------------------------------------------------------------------------------------
 # The table
 # --------------------------------------------------------------------------------------------------
@@ -665,6 +711,7 @@ def main(parameters):
         *(('inference', measure_inference, p.boxes, n, device, p.repeats, peak_rate)
           for n in (1, 32 if gpu else 8)),
         ('memory', measure_memory, p.boxes, device),
+        ('files', measure_files, p.images, device, p.repeats),
     ]
     n_threads = torch.get_num_threads()
     print_line('what', 'unit', 'ours', 'torchvision', 'ratio', '')
@@ -673,7 +720,7 @@ def main(parameters):
         if p.only and name not in p.only:
             continue
         # Small operations waver with more threads than one; a worker that loads data has one.
-        torch.set_num_threads(n_threads if name in ('step', 'inference', 'memory') else 1)
+        torch.set_num_threads(n_threads if name in ('step', 'inference', 'memory', 'files') else 1)
         for row in measure(*arguments):
             rows.append(row)
             print_line(row.what, row.unit, format_number(row.ours), format_number(row.torchvision),

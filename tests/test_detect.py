@@ -9,12 +9,12 @@ import av
 import pytest
 import torch
 from PIL import Image, ImageOps
+from test_video import make_video
 
 import detect as detect_module
 from detect import Parameters, choose_outputs, detect, draw_objects, main, predict
 from files import expand_inputs
 from model import SSD300
-from test_video import make_video
 from utils import (
     UserError,
     cxcy_to_gcxgcy,
@@ -187,7 +187,7 @@ def test_the_example_of_the_docstring_runs(model, monkeypatch, tmp_path):
     shown = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(detect_module.SSD300, 'from_checkpoint', lambda path: model)
-    monkeypatch.setattr(Image.Image, 'show', shown.append)
+    monkeypatch.setattr(Image.Image, 'show', lambda image: shown.append(image))
     Image.new('RGB', (60, 40)).save('photo.jpg')
     detect_module.default_model.cache_clear()
     result = doctest.testmod(detect_module)
