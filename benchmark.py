@@ -41,7 +41,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from datasets import FILLER, PascalVOCDataset
-from detect import annotate_images, annotate_video, draw_objects, predict
+from detect import annotate_images, annotate_video, choose_batch_size, draw_objects, predict
 from eval import MAX_OVERLAP, MIN_SCORE, TOP_K
 from machine import choose_device, choose_precision, process_memory
 from model import MAX_CANDIDATES_PER_CLASS, N_PRIORS, SSD300, MultiBoxLoss
@@ -626,7 +626,7 @@ def measure_files(images_folder, device, repeats, n_images=64, n_frames=60):
         outputs = [folder / f'{i}.jpg' for i in range(len(paths))]
         video, stopped = folder / 'video.mp4', threading.Event()
         write_video(video, paths[:8], n_frames)
-        rest = find, draw, lambda *args, **more: None, 32, stopped
+        rest = find, draw, lambda *args, **more: None, choose_batch_size(model), stopped
         one = Image.open(paths[0]).convert('RGB')
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             images, = measure_in_turn([lambda: annotate_images(paths, outputs, *rest)], repeats)

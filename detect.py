@@ -53,7 +53,8 @@ from utils import (
 )
 from video import VideoReader, VideoWriter
 
-BATCH_SIZE = 32  # images that the network sees at a time
+# Images that the network sees at a time. A CPU gains nothing from more, and needs their memory.
+BATCH_SIZE, BATCH_SIZE_CPU = 32, 4
 
 
 @dataclasses.dataclass
@@ -67,8 +68,8 @@ class Parameters:
     # --- model ---
     # The checkpoint that train.py wrote.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
-    # Images that the network sees at a time. Halve it if memory runs out.
-    batch_size: int = BATCH_SIZE
+    # Images that the network sees at a time; none: 32 on a GPU, 4 on a CPU.
+    batch_size: int | None = None
 
     # --- what is drawn and reported ---
     # Detections below this score are left out. 0.2 suits the eye; evaluation's 0.01 shows what
@@ -107,6 +108,11 @@ def default_model():
     return model.to(choose_device(defaults['device']), memory_format=torch.channels_last)
 
 
+def choose_batch_size(model):
+    """How many images at a time suit a model's device."""
+    return BATCH_SIZE if model.priors_cxcy.is_cuda else min(BATCH_SIZE, BATCH_SIZE_CPU)
+
+
 def wanted_classes(label_map, classes, suppress):
     """The names that count: `classes` (none: all) without those to suppress.
 
@@ -137,7 +143,7 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None, batch
         images: list of PIL images of any mode and size; their EXIF orientation is respected.
         min_score, max_overlap, top_k: see `SSD300.detect_objects`.
         model: an SSD300 in evaluation mode; None loads the default checkpoint once.
-        batch_size: images that the network sees at a time; None: 32.
+        batch_size: images that the network sees at a time; None: 32 on a GPU, 4 on a CPU.
         classes, suppress: names of the only classes that count (none: all), and of others.
 
     Returns:
@@ -149,7 +155,7 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None, batch
     """
     assert not isinstance(images, Image.Image), 'a list of images is wanted: predict([image])'
     model = default_model() if model is None else model
-    size = batch_size or BATCH_SIZE
+    size = batch_size or choose_batch_size(model)
     if len(images) > size:
         return [prediction for start in range(0, len(images), size) for prediction in predict(
             images[start:start + size], min_score, max_overlap, top_k, model, size, classes,
@@ -298,7 +304,7 @@ def main(parameters):
     p = parameters
     if not p.inputs:
         raise UserError('no input was named; give one or more images, videos or folders')
-    check_at_least(1, batch_size=p.batch_size, top_k=p.top_k)
+    check_at_least(1, batch_size=1 if p.batch_size is None else p.batch_size, top_k=p.top_k)
     model = SSD300.from_checkpoint(p.checkpoint)
     model = model.to(choose_device(p.device), memory_format=torch.channels_last)
     wanted_classes(model.label_map, p.classes, p.suppress)  # a slip in the names shows now
@@ -310,8 +316,9 @@ def main(parameters):
     for problem in problems:
         complain(problem)
 
+    batch_size = p.batch_size or choose_batch_size(model)
     find = functools.partial(predict, min_score=p.min_score, max_overlap=p.max_overlap,
-                             top_k=p.top_k, model=model, batch_size=p.batch_size,
+                             top_k=p.top_k, model=model, batch_size=batch_size,
                              classes=p.classes, suppress=p.suppress)
     draw = functools.partial(draw_objects, colors=distinct_colors(model.label_map), suppress=())
     pairs = list(zip(inputs, outputs))
@@ -319,7 +326,7 @@ def main(parameters):
     videos = [pair for pair in pairs if is_video(pair[0])]
     n_failed = len(problems)
     with signals_as_flag() as stopped, json_report(p.json) as report:
-        rest = find, draw, report, p.batch_size, stopped
+        rest = find, draw, report, batch_size, stopped
         if images:
             n_failed += annotate_images(*zip(*images), *rest)
         for path, output in videos:
