@@ -122,15 +122,24 @@ class VideoReader:
 
     def _packets(self):
         """Yield packets of the pictures, and put those of the sound aside."""
-        packets = self.container.demux(self.stream, *self.sound)
+        packets, end = self.container.demux(self.stream, *self.sound), 0
         try:
             for packet in packets:
+                if packet.dts is not None:
+                    end = max(end, (packet.dts + (packet.duration or 0)) * packet.time_base)
                 if packet.stream.type == 'video':
                     yield packet
                 elif packet.dts is not None:  # the last packet of all is an empty one
                     self.sound_packets.append(packet)
         except av.FFmpegError as error:
             self.problem = reason_of(error)
+        # FFmpeg takes a file that was cut off for a whole one, but these two formats' headers know.
+        # Only where all streams were read: subtitles may go on after the pictures.
+        seconds = (self.container.duration or 0) / av.time_base
+        all_read = len(self.container.streams) == 1 + len(self.sound)
+        says_length = self.container.format.name.startswith(('matroska', 'mov'))
+        if says_length and all_read and end < min(0.95 * seconds, seconds - 0.5):
+            self.problem = self.problem or f'it should last {seconds:.1f} s'
 
     def _decode(self, packet):
         """The intact frames of a packet; the others are counted."""

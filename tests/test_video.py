@@ -10,10 +10,10 @@ from utils import UserError
 from video import VideoReader, VideoWriter
 
 
-def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, encoder='libx264'):
+def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, options=None):
     """A small video of noise; frame i is shown at times[i] / 12800 s, by default at 25 a second."""
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream(encoder, rate=25)
+    with av.open(str(path), 'w', options=options or {}) as container:
+        stream = container.add_stream('libx264', rate=25)
         stream.width, stream.height = size
         stream.pix_fmt = 'yuv420p' if size[0] % 2 == size[1] % 2 == 0 else 'yuv444p'
         stream.codec_context.time_base = Fraction(1, 12800)
@@ -140,6 +140,18 @@ def test_damaged_frames_are_counted(tmp_path):
     with VideoReader(path) as reader:
         n_frames = len(list(reader))
     assert 0 < reader.n_broken < 20 and n_frames + reader.n_broken == 40
+
+
+def test_a_video_that_was_cut_off_says_so(tmp_path):
+    for suffix in ('.mkv', '.mp4'):
+        path = make_video(tmp_path / f'a{suffix}', 60, options={'movflags': 'faststart'})
+        with VideoReader(path) as reader:
+            assert len(list(reader)) == 60 and reader.problem is None
+        content = path.read_bytes()
+        path.write_bytes(content[:len(content) // 2])
+        with VideoReader(path) as reader:
+            assert 10 < len(list(reader)) < 50
+        assert reader.problem or reader.n_broken
 
 
 def test_what_is_no_video_is_a_clear_error(tmp_path):
