@@ -24,15 +24,17 @@ import platform
 import random
 import subprocess
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 from typing import Literal
 
+import av
 import torch
 import torchvision
 import tyro
-from PIL import Image
+from PIL import Image, ImageChops
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.models.detection import ssd300_vgg16
@@ -47,6 +49,7 @@ from datasets import (
     batches_on,
     make_train_loader,
 )
+from detect import annotate_images, annotate_video, choose_batch_size, draw_objects, predict
 from eval import MAX_OVERLAP, MIN_SCORE, TOP_K
 from machine import (
     choose_device,
@@ -66,6 +69,7 @@ from utils import (
     calculate_mAP,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
+    distinct_colors,
     exit_on_user_error,
     find_jaccard_overlap,
     label_map as voc_label_map,
@@ -91,9 +95,9 @@ class Parameters:
 
     # --- what is measured ---
 
-    # Names of the rows; none: all. The last four take minutes on a CPU.
+    # Names of the rows; none: all. The last five take minutes on a CPU.
     only: tuple[Literal['data', 'handover', 'loss', 'detect', 'untrained', 'mAP', 'step',
-                        'inference', 'memory', 'training'], ...] = ()
+                        'inference', 'memory', 'training', 'files'], ...] = ()
     # Measurements of each side for a training step, after one to warm up; quicker rows take up to
     # ten times as many. More if the ratios waver from run to run.
     repeats: int = 3
@@ -718,6 +722,48 @@ def measure_memory(boxes_path, device, batch_size=32):
             for name, format_ in formats_of(device).items()]
 
 
+def write_video(path, images, n_frames):
+    """A video of 30 frames a second and 1280 x 720 pixels that shows images in turn."""
+    frames = [Image.open(image).convert('RGB').resize((1280, 720)) for image in images]
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=30)
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, 'yuv420p'
+        for number in range(n_frames):  # it moves, as a real one does
+            picture = ImageChops.offset(frames[number // 15 % len(frames)], 4 * number, number)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+def measure_files(images_folder, device, repeats, n_images=64, n_frames=60):
+    """`detect.py` as it is run: from files to annotated files. torchvision has no such script.
+
+    Random weights find nothing real, so up to five of whatever scores best are drawn.
+    """
+    torch.manual_seed(0)
+    model = SSD300(N_CLASSES).eval().to(device, memory_format=torch.channels_last)
+    model.label_map = voc_label_map
+    find = functools.partial(predict, min_score=0.06, top_k=5, model=model)
+    draw = functools.partial(draw_objects, colors=distinct_colors(voc_label_map), suppress=())
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, 'w') as nowhere:
+        folder = pathlib.Path(folder)
+        source = pathlib.Path(images_folder or draw_folder(folder / 'drawn', n_images))
+        paths = sorted((source / 'JPEGImages').glob('*.jpg'))[:n_images]
+        outputs = [folder / f'{i}.jpg' for i in range(len(paths))]
+        video, stopped = folder / 'video.mp4', threading.Event()
+        write_video(video, paths[:8], n_frames)
+        rest = find, draw, lambda *args, **more: None, choose_batch_size(model), stopped
+        one = Image.open(paths[0]).convert('RGB')
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            images, = measure_in_turn([lambda: annotate_images(paths, outputs, *rest)], repeats)
+            videos, = measure_in_turn(
+                [lambda: annotate_video(str(video), folder / 'out.mp4', *rest)], repeats)
+        alone, = measure_in_turn([lambda: find([one])], 10 * repeats)
+    return [row_of_times('files: JPEG to annotated JPEG', 'images/s', len(paths), images),
+            row_of_times('files: predict, one image', 'ms', 1, alone),
+            row_of_times('files: video 1280 x 720', 'images/s', n_frames, videos,
+                         note='frames, decoded, annotated, encoded')]
+
+
 # --------------------------------------------------------------------------------------------------
 # The table
 # --------------------------------------------------------------------------------------------------
@@ -793,8 +839,10 @@ def main(parameters):
         ('memory', measure_memory, p.boxes, device),
         ('training', measure_training, p.images, device, 32 if gpu else 8,
          p.iterations or (1000 if gpu else 5), p.compile, peak_rate),
+        ('files', measure_files, p.images, device, p.repeats),
     ]
-    n_threads, whole_machine = torch.get_num_threads(), ('step', 'inference', 'memory', 'training')
+    n_threads = torch.get_num_threads()
+    whole_machine = ('step', 'inference', 'memory', 'training', 'files')
     print_line('what', 'unit', 'ours', 'torchvision', 'ratio', '')
     rows = []
     for name, measure, *arguments in jobs:

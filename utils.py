@@ -82,6 +82,8 @@ def write_beside(path):
     try:
         yield beside
         os.replace(beside, path)
+    except torch.OutOfMemoryError:  # of work in the block, a RuntimeError too
+        raise
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         raise UserError(f'{path} cannot be written ({error}); free some space or choose another '
                         f'place') from error

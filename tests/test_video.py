@@ -1,0 +1,181 @@
+"""Videos: what is written has the times, sizes, turns, colours and sound of what was read."""
+
+from fractions import Fraction
+
+import av
+import pytest
+import torch
+
+from utils import UserError
+from video import VideoReader, VideoWriter
+
+
+def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, options=None):
+    """A small video of noise; frame i is shown at times[i] / 12800 s, by default at 25 a second."""
+    with av.open(str(path), 'w', options=options or {}) as container:
+        stream = container.add_stream('libx264', rate=25)
+        stream.width, stream.height = size
+        stream.pix_fmt = 'yuv420p' if size[0] % 2 == size[1] % 2 == 0 else 'yuv444p'
+        stream.codec_context.time_base = Fraction(1, 12800)
+        audio = container.add_stream(sound, rate=48000) if sound else None
+        noise = torch.randint(256, (n_frames, size[1], size[0], 3), dtype=torch.uint8)
+        for i in range(n_frames):
+            frame = av.VideoFrame.from_ndarray(noise[i].numpy(), format='rgb24')
+            frame.pts = times[i] if times else 512 * i
+            frame.time_base = Fraction(1, 12800)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for i in range(n_frames * 1920 // 1024 if sound else 0):
+            samples = av.AudioFrame.from_ndarray(torch.rand(1, 1024).numpy(), 'fltp', 'mono')
+            samples.sample_rate, samples.pts = 48000, 1024 * i
+            container.mux(audio.encode(samples))
+        if sound:
+            container.mux(audio.encode())
+    return path
+
+
+def copy(source, target):
+    """Read and write a video without a change; returns what was noted."""
+    with VideoReader(source) as reader, VideoWriter(target, reader) as writer:
+        for frame in reader:
+            writer.write(frame)
+    return writer.note
+
+
+def packets(path):
+    """Of the sound: the bytes and the seconds of each packet."""
+    with av.open(str(path)) as container:
+        return [(bytes(packet), float(packet.pts * packet.time_base))
+                for packet in container.demux(container.streams.audio[0]) if packet.dts is not None]
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.mkv', '.mov', '.avi', '.webm', '.m4v'])
+def test_times_and_size_stay(tmp_path, suffix):
+    source, target = make_video(tmp_path / 'a.mp4'), tmp_path / f'b{suffix}'
+    copy(source, target)
+    with VideoReader(source) as before, VideoReader(target) as after:
+        assert after.rate == before.rate == 25
+        frames, copies = list(before), list(after)
+    assert len(frames) == len(copies) == 12
+    for i, (frame, same) in enumerate(zip(frames, copies)):
+        assert same.image.size == (64, 48) and same.number == i
+        assert same.time == pytest.approx(frame.time, abs=0.001) == pytest.approx(i / 25, abs=0.001)
+
+
+def test_uneven_times_stay(tmp_path):
+    times = [0, 512, 700, 3000, 3001, 9000, 12800]
+    source = make_video(tmp_path / 'a.mp4', 7, times=times)
+    copy(source, tmp_path / 'b.mp4')
+    with VideoReader(tmp_path / 'b.mp4') as reader:
+        assert [round(frame.time * 12800) for frame in reader] == times
+
+
+def test_an_odd_size_becomes_even(tmp_path):
+    source = make_video(tmp_path / 'a.mp4', 3, size=(63, 47))
+    copy(source, tmp_path / 'b.mp4')
+    with VideoReader(source) as before, VideoReader(tmp_path / 'b.mp4') as after:
+        assert before.first.image.size == (63, 47) and after.first.image.size == (64, 48)
+
+
+@pytest.mark.parametrize('turn, matrix, corner', [(90, (0, -1, 1, 0), (0, 1)),
+                                                  (270, (0, 1, -1, 0), (1, 0))])
+def test_a_turned_video_is_upright(tmp_path, turn, matrix, corner):
+    """The turn stands in the track's header, as the matrix a b u c d v of 16.16 bits."""
+    path = make_video(tmp_path / 'a.mp4', 3)
+    content = bytearray(path.read_bytes())
+    start = content.index(b'tkhd') + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    content[start:start + 24] = b''.join(
+        value.to_bytes(4, 'big', signed=True) for value in (a, b, 0, c, d, 0))
+    path.write_bytes(content)
+    copy(path, tmp_path / 'b.mp4')
+    with av.open(str(path)) as container:
+        stored = next(container.decode(video=0))
+        assert stored.rotation % 360 == turn
+        stored = stored.to_image()
+    with VideoReader(path) as before, VideoReader(tmp_path / 'b.mp4') as after:
+        assert before.first.image.size == after.first.image.size == (48, 64)
+        upright = before.first.image
+    # The first pixel of what is stored goes to the lower left, or the upper right.
+    assert upright.getpixel((47 * corner[0], 63 * corner[1])) == stored.getpixel((0, 0))
+
+
+def test_colours_stay(tmp_path):
+    source = make_video(tmp_path / 'a.mp4', 3)
+    with VideoReader(source) as reader, VideoWriter(tmp_path / 'b.mp4', reader) as writer:
+        for frame in reader:
+            frame.image.paste((250, 30, 60), (0, 0, 64, 48))
+            writer.write(frame)
+    with VideoReader(tmp_path / 'b.mp4') as reader:
+        for frame in reader:
+            values = frame.image.getpixel((20, 20))
+            assert all(abs(a - b) <= 5 for a, b in zip(values, (250, 30, 60)))
+
+
+def test_sound_is_copied(tmp_path):
+    source = make_video(tmp_path / 'a.mp4', sound='aac')
+    for suffix in ('.mp4', '.mkv', '.mov'):
+        assert copy(source, tmp_path / f'b{suffix}') is None
+        expected, found = packets(source), packets(tmp_path / f'b{suffix}')
+        assert [data for data, _ in found] == [data for data, _ in expected]
+        assert [time for _, time in found] == pytest.approx([time for _, time in expected],
+                                                            abs=0.025)
+
+
+def test_sound_that_does_not_fit_is_left_out_and_noted(tmp_path):
+    note = copy(make_video(tmp_path / 'a.mp4', sound='aac'), tmp_path / 'b.webm')
+    assert 'without its sound' in note
+    with av.open(str(tmp_path / 'b.webm')) as container:
+        assert not container.streams.audio
+        assert len(list(container.decode(video=0))) == 12
+
+
+def test_damaged_frames_are_counted(tmp_path):
+    path = make_video(tmp_path / 'a.mp4', 40)
+    content = bytearray(path.read_bytes())
+    end = content.rindex(b'moov')
+    for position in range(end // 2, end * 3 // 4, 400):
+        content[position] ^= 255
+    path.write_bytes(content)
+    with VideoReader(path) as reader:
+        n_frames = len(list(reader))
+    assert 0 < reader.n_broken < 20 and n_frames + reader.n_broken == 40
+
+
+def test_a_video_that_was_cut_off_says_so(tmp_path):
+    for suffix in ('.mkv', '.mp4'):
+        path = make_video(tmp_path / f'a{suffix}', 60, options={'movflags': 'faststart'})
+        with VideoReader(path) as reader:
+            assert len(list(reader)) == 60 and reader.problem is None
+        content = path.read_bytes()
+        path.write_bytes(content[:len(content) // 2])
+        with VideoReader(path) as reader:
+            assert 10 < len(list(reader)) < 50
+        assert reader.problem or reader.n_broken
+
+
+def test_what_is_no_video_is_a_clear_error(tmp_path):
+    (tmp_path / 'no.mp4').write_bytes(b'no video')
+    make_video(tmp_path / 'whole.mp4')
+    half = (tmp_path / 'whole.mp4').read_bytes()
+    (tmp_path / 'half.mp4').write_bytes(half[:len(half) // 2])
+    for name in ('no.mp4', 'half.mp4', 'missing.mp4'):
+        with pytest.raises(UserError, match='cannot be read'):
+            VideoReader(tmp_path / name)
+    with pytest.raises(UserError, match='camera .*99.* cannot be opened'):
+        VideoReader(99)
+
+
+def test_what_cannot_be_written_is_a_clear_error(tmp_path):
+    with VideoReader(make_video(tmp_path / 'a.mp4')) as reader:
+        for path in (tmp_path / 'b.wmv', tmp_path / 'no' / 'b.mp4'):
+            with pytest.raises(UserError, match='cannot be written'):
+                VideoWriter(path, reader)
+
+
+def test_a_video_is_never_in_memory_as_a_whole(tmp_path):
+    """A frame is decoded when it is asked for, so the sound is not all read yet."""
+    path = make_video(tmp_path / 'a.mkv', 400, sound='aac')
+    with VideoReader(path) as reader:
+        assert reader.n_frames == pytest.approx(400, abs=2)  # from the duration
+        assert len(reader.sound_packets) < len(packets(path)) / 2
