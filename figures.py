@@ -184,10 +184,10 @@ def priors_of(name):
 
 
 def ratio_names(map_):
-    """The names of a cell's priors, in their order: '1 : 1', the extra square, '2 : 1', ..."""
+    """The names of a cell's priors, in their order: '1 : 1', the second square, '2 : 1', ..."""
     ratios = [Fraction(ratio).limit_denominator(10) for ratio in map_.aspect_ratios]
     names = [f'{ratio.numerator} : {ratio.denominator}' for ratio in ratios]
-    return [names[0], f'{names[0]} extra', *names[1:]]
+    return [names[0], f'{names[0]}, second square', *names[1:]]
 
 
 # --------------------------------------------------------------------------------------------------

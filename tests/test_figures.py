@@ -72,11 +72,11 @@ def test_priors_of_a_map_and_their_names():
     parts = [figures.priors_of(map_.name).reshape(-1, 4) for map_ in FEATURE_MAPS]
     assert torch.equal(torch.cat(parts), SSD300.create_prior_boxes())
     assert figures.priors_of('conv9_2').shape == (5, 5, 6, 4)
-    assert figures.ratio_names(FEATURE_MAPS[3]) == ['1 : 1', '1 : 1 extra', '2 : 1', '3 : 1',
-                                                    '1 : 2', '1 : 3']
+    assert figures.ratio_names(FEATURE_MAPS[3]) == ['1 : 1', '1 : 1, second square', '2 : 1',
+                                                    '3 : 1', '1 : 2', '1 : 3']
     for name, (_, _, width, height) in zip(figures.ratio_names(FEATURE_MAPS[3]),
                                            figures.priors_of('conv9_2')[2, 2].tolist()):
-        over, under = name.removesuffix(' extra').split(' : ')
+        over, under = name.removesuffix(', second square').split(' : ')
         assert width / height == pytest.approx(int(over) / int(under))
 
 
