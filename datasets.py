@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -169,15 +170,20 @@ class ImageCache:
         """
         # The processes that one torchrun started have the same parent.
         owner = os.getppid() if n_processes() > 1 else os.getpid()
-        path = folder / f'ssd300-cache-{owner}'
-        if is_first:
-            with open(path, 'wb') as file:
-                os.posix_fallocate(file.fileno(), 0, n_bytes)   # an error now, not when it is full
-        wait_for_processes()
-        memory = torch.from_file(str(path), shared=True, size=n_bytes, dtype=torch.uint8)
-        wait_for_processes()
-        if is_first:
-            path.unlink()
+        path = folder / f'ssd300-cache-{platform.node()}-{owner}'
+        try:
+            if is_first:
+                path.unlink(missing_ok=True)
+                with open(path, 'xb') as file:
+                    if hasattr(os, 'posix_fallocate'):  # an error now, not when memory is full
+                        os.posix_fallocate(file.fileno(), 0, n_bytes)
+                    file.truncate(n_bytes)
+            wait_for_processes()
+            memory = torch.from_file(str(path), shared=True, size=n_bytes, dtype=torch.uint8)
+            wait_for_processes()
+        finally:
+            if is_first:
+                path.unlink(missing_ok=True)
         return memory
 
     def fill(self, paths):
@@ -288,7 +294,8 @@ def make_test_loader(dataset, batch_size, workers, device):
     """The images of a data set in their order; of several processes each has its share."""
     share = range(process_number(), len(dataset), n_processes())
     return DataLoader(dataset, batch_size, sampler=share, collate_fn=collate_fn,
-                      num_workers=workers, pin_memory=device.type == 'cuda')
+                      num_workers=workers, pin_memory=device.type == 'cuda',
+                      worker_init_fn=leave_signals_to_parent)
 
 
 # --------------------------------------------------------------------------------------------------

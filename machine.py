@@ -62,19 +62,23 @@ def join_processes(device_name):
     if 'LOCAL_RANK' not in os.environ:
         yield choose_device(device_name)
         return
+    if device_name.startswith('cuda:'):
+        raise UserError(f'of several processes each takes a GPU of its own, not all {device_name}; '
+                        f'give --device cuda or auto')
     if device_name in ('auto', 'cuda') and torch.cuda.is_available():
         device_name = f'cuda:{os.environ["LOCAL_RANK"]}'
     device = choose_device(device_name)
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
     try:
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.init_process_group(backend, timeout=PATIENCE,
+                                       device_id=device if device.type == 'cuda' else None)
         yield device
         distributed.destroy_process_group()
     except RuntimeError as error:
         if not re.search('connection|closed|reset|nccl|gloo|timed? ?out', str(error).lower()):
             raise
-        raise UserError(f'another process of this run has ended or does not answer, its own '
-                        f'message says why; go on with --resume auto '
+        raise UserError(f'the other processes of this run cannot be reached; if one has ended, its '
+                        f'own message says why. Go on with --resume auto '
                         f'({str(error).splitlines()[0][:150]})') from error
 
 
@@ -184,18 +188,21 @@ def compile_or_not(choice, device, functions, try_out):
     """
     if choice == 'off' or choice == 'auto' and device.type != 'cuda':
         return functions
-    compiled = [torch.compile(function, dynamic=False) for function in functions]
+    problem = None
     try:
+        compiled = [torch.compile(function, dynamic=False) for function in functions]
         try_out(*compiled)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Triton, of a C++ compiler that is not there, ...
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        if process_number() == 0:
-            print(f'note: torch.compile does not work here ({reason[0][:200]}); the run goes on '
-                  f'without it, which --compile off asks for')
-        return functions
-    return compiled
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    problems = [problem for problem in gather_from_processes(problem) if problem]
+    if not problems:
+        return compiled
+    if process_number() == 0:
+        print(f'note: torch.compile does not work here ({problems[0]}); the run goes on without '
+              f'it, which --compile off asks for')
+    return functions
 
 
 # --------------------------------------------------------------------------------------------------

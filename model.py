@@ -533,11 +533,12 @@ def own_priors(overlap, image, n_images, most):
 
     row = torch.arange(n_images, device=device)
     own = torch.full((n_images, most), -1, device=device)
+    nothing = left.new_zeros(())    # to write a plain 0 by index would wait for a GPU
     for _ in range(most):
         best, pair = left.flatten(1).max(dim=1)                         # (N,), the first of equals
         object_, taken = pair // left.shape[2], priors.flatten(1)[row, pair]
         own[row, object_] = torch.where(best > 0, taken, own[row, object_])
-        left[row, object_] = 0
+        left[row, object_] = nothing
         left = left.masked_fill(priors == taken.view(-1, 1, 1), 0)
     return own[image, place]
 
@@ -698,7 +699,7 @@ class MultiBoxLoss(nn.Module):
         object_ = F.pad(object_, (0, 1))
         object_[image, column] = torch.arange(n_objects, device=device)
         taken = F.pad(taken, (0, 1))
-        taken[image, column] = True
+        taken[image, column] = torch.ones_like(column, dtype=torch.bool)
         object_, taken = object_[:, :n_priors], taken[:, :n_priors]
 
         object_ = object_.clamp(min=0)      # that of an image without objects, never taken

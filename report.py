@@ -18,7 +18,13 @@ from tqdm import tqdm
 
 from datasets import read_image
 from detect import draw_objects, predict
-from machine import n_processes, peak_memory, process_number, sum_over_processes
+from machine import (
+    gather_from_processes,
+    n_processes,
+    peak_memory,
+    process_number,
+    sum_over_processes,
+)
 from utils import UserError, distinct_colors, make_folder, write_beside
 
 COLUMNS = ('iteration', 'loss', 'classes', 'boxes', 'rate', 'images_per_s', 'skipped', 'mAP')
@@ -55,8 +61,8 @@ class Report:
             if self.rows:
                 self.skipped = self.rows[-1]['skipped']
             write_log(self.folder / 'log.csv', self.rows)
-            # What an earlier run showed from `start` on is taken off the curves.
-            self.board = SummaryWriter(str(self.folder), purge_step=start)
+            # What an earlier run showed after `start` is taken off the curves.
+            self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else 0)
         self.bar = tqdm(initial=start, total=end, unit='it', dynamic_ncols=True,
                         disable=not self.is_first)
         self.since = time.perf_counter()
@@ -146,6 +152,21 @@ class Report:
         # Saving and evaluating is not training: the next row's speed counts from here.
         self.since = time.perf_counter()
 
+    def lacks_mAP(self):
+        """Whether a resumed run's last row has none: it was stopped while it was evaluated."""
+        last = self.rows[-1] if self.rows else {}
+        has_one = last.get('iteration') == self.start and not math.isnan(last['mAP'])
+        return not gather_from_processes(has_one)[0]
+
+    def add_mAP(self, mAP):
+        """Make up for the mAP of a resumed run's last row."""
+        if not self.rows or self.rows[-1]['iteration'] != self.start:
+            self.rows.append(dict.fromkeys(COLUMNS, math.nan) | {'iteration': self.start,
+                                                                 'skipped': self.skipped})
+        if self.is_first:
+            write_log(self.folder / 'log.csv', self.rows[:-1])
+        self.write(mAP)
+
     def say(self, text):
         """Print a line above the progress bar."""
         if self.is_first:
@@ -156,7 +177,7 @@ class Report:
         return max((row['mAP'] for row in self.rows if not math.isnan(row['mAP'])),
                    default=-math.inf)
 
-    def show_images(self, model, dataset, n_images=4):
+    def show_images(self, model, dataset, iteration, n_images=4):
         """Some images of a data set for TensorBoard: true boxes white, found ones coloured."""
         if not self.is_first:
             return
@@ -170,7 +191,7 @@ class Report:
                 draw.rectangle(box, outline='white', width=3)
             draw_objects(image, prediction, colors, suppress=())
             self.board.add_image(f'test image {i + 1}', pil_to_tensor(image),
-                                 self.rows[-1]['iteration'])
+                                 iteration)
 
 
 def describe(row):
@@ -199,10 +220,10 @@ def write_log(path, rows):
 
 
 def read_log(path):
-    """The rows of a `log.csv`; none if there is no such file. A torn last line is left out."""
+    """The rows of a `log.csv`; none if there is no such file. What a power cut tore is left out."""
     try:
-        with open(path, encoding='utf-8', newline='') as file:
-            lines = list(csv.reader(file))[1:]
+        with open(path, encoding='utf-8', errors='replace', newline='') as file:
+            lines = list(csv.reader(line.replace('\0', '') for line in file))[1:]
     except OSError:
         return []
     rows = []

@@ -33,6 +33,7 @@ from machine import (
     compile_or_not,
     default_workers,
     divide_over_processes,
+    gather_from_processes,
     join_processes,
     n_processes,
     prepare_gpu,
@@ -147,7 +148,7 @@ class Parameters:
 
 # What must not change for a resumed run to end as an unbroken one.
 GOES_ON_ALIKE = ('batch_size', 'lr', 'weight_decay', 'precision', 'decay_lr_at', 'warmup', 'seed',
-                 'augment')
+                 'augment', 'n_images')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,6 +270,7 @@ def train(find_gradients, take_step, optimizer, batches, start, end, rate_of, re
     Returns:
         The number of iterations done, `end` unless somebody stopped the run.
     """
+    iteration = start
     with signals_as_flag() as signalled:
         for iteration, (images, boxes, labels) in enumerate(batches, start + 1):
             rate = rate_of(iteration - 1)
@@ -289,7 +291,7 @@ def train(find_gradients, take_step, optimizer, batches, start, end, rate_of, re
                 stop = report.read(iteration, rate, signalled.is_set())
                 if stop or to_save:
                     save(iteration)
-                report.write(validate(iteration) if to_eval and not stop else math.nan)
+                report.write(validate(iteration) if to_eval and (last or not stop) else math.nan)
                 if stop:
                     break
     return iteration
@@ -371,18 +373,16 @@ def run(p, device):
     model.label_map = train_set.label_map
     optimizer = make_optimizer(model, p.optimizer, p.weight_decay)
     scaler = make_scaler(dtype, device)
-    start = load_start(p, model, optimizer, scaler)
-    criterion = MultiBoxLoss(model.priors_cxcy).to(device)  # the weights may bring priors
+    settings = dataclasses.asdict(p) | {'precision': str(dtype).removeprefix('torch.'),
+                                        'n_images': len(train_set)}
+    start = load_start(p, settings, model, optimizer, scaler)
     is_first = process_number() == 0
     if is_first:
         describe_run(p, device, dtype, start, train_set, test_set)
-
-    network = divide_over_processes(model)
-    network, criterion.parts = compile_or_not(
-        p.compile, device, (network, criterion.parts), functools.partial(
-            try_out, device, dtype, p.batch_size // n_processes() // p.grad_accumulation))
+    network, criterion = make_network_and_loss(p, model, device, dtype)
     batches = ShuffledBatches(len(train_set), p.batch_size, p.seed, start, p.iterations)
     loader = make_train_loader(train_set, batches, p.workers, device)
+    eval_every = p.eval_every if len(test_set) else 0
     log_folder = p.log_folder or beside(p.checkpoint, '_log', keep_suffix=False)
 
     def save(iteration, path=p.checkpoint):
@@ -390,7 +390,7 @@ def run(p, device):
         if is_first:
             save_checkpoint(path, iteration=iteration, model=model.state_dict(),
                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                            label_map=model.label_map, parameters=dataclasses.asdict(p))
+                            label_map=model.label_map, parameters=settings)
 
     def validate(iteration):
         """The mAP on the test list; the best one's checkpoint is kept."""
@@ -398,24 +398,37 @@ def run(p, device):
         report.say(f'{iteration} iterations: mAP {mAP:.4f}')
         if mAP > report.best_mAP():
             save(iteration, beside(p.checkpoint, '.best'))
-        report.show_images(model, test_set)
+        report.show_images(model, test_set, iteration)
         return mAP
 
     with Report(log_folder, start, p.iterations, device,
                 lambda i: [train_set.images[image] for _, image in batches.batch(i)]) as report:
+        if start and eval_every and (start == p.iterations or start % eval_every == 0) \
+                and report.lacks_mAP():
+            report.add_mAP(validate(start))
         done = train(
             functools.partial(find_gradients, network, criterion, scaler, dtype,
                               p.grad_accumulation, normalize=model.normalize),
             functools.partial(step_if_finite, optimizer, scaler, dtype), optimizer,
             batches_on(device, loader), start, p.iterations,
             lambda i: get_lr(i, p.lr, p.warmup, p.decay_lr_at), report, p.print_freq, p.save_every,
-            save, p.eval_every if len(test_set) else 0, validate)
+            save, eval_every, validate)
     wait_for_processes()  # for the first one, which writes
     if is_first:
         print(f'{done} iterations, written to {p.checkpoint}; log and curves in {log_folder}')
         if done < p.iterations:
             print(f'stopped; go on with --resume {p.checkpoint}')
     return done == p.iterations
+
+
+def make_network_and_loss(p, model, device, dtype):
+    """What a step runs: the model and its loss, compiled and divided as the parameters want it."""
+    criterion = MultiBoxLoss(model.priors_cxcy).to(device)  # priors that came with the weights
+    n_images = p.batch_size // n_processes() // p.grad_accumulation
+    network, criterion.parts = compile_or_not(
+        p.compile, device, (model, criterion.parts),
+        functools.partial(try_out, device, dtype, n_images))
+    return divide_over_processes(network), criterion
 
 
 def try_out(device, dtype, n_images, network, parts):
@@ -442,16 +455,20 @@ def beside(path, mark, keep_suffix=True):
     return path.with_name(stem + mark + (dot + suffix if keep_suffix else ''))
 
 
-def load_start(p, model, optimizer, scaler):
+def load_start(p, settings, model, optimizer, scaler):
     """Load the weights that the parameters name; returns the number of iterations done."""
     path = find_newest(p.checkpoint) if p.resume == 'auto' else p.resume
+    if len(set(gather_from_processes(path))) > 1:
+        raise UserError('the machines of this run find different checkpoints; put --checkpoint '
+                        'into a folder that all of them share')
     if path is None:
         if process_number() == 0:  # the others get its weights
             load_pretrained(p, model)
         share_buffers(model)  # now, since the loss is made of the priors
         return 0
-    start = restore(path, model, optimizer, scaler, dataclasses.asdict(p))
-    if start >= p.iterations:
+    start = restore(path, model, optimizer, scaler, settings)
+    # A finished run that is told to go on, as a queue of jobs may do, has nothing left to do.
+    if start > p.iterations or start == p.iterations and p.resume != 'auto':
         raise UserError(f'{path} has {start} iterations already; give more --iterations')
     return start
 
@@ -486,7 +503,7 @@ def restore(path, model, optimizer, scaler, settings):
     """Take over weights and optimizer of a checkpoint; returns its number of iterations.
 
     Args:
-        settings: this run's parameters, by name, to compare with the checkpoint's.
+        settings: this run's, by name, to compare with the checkpoint's.
     """
     checkpoint = load_checkpoint(path)
     missing = {'iteration', 'model', 'optimizer', 'label_map', 'parameters'} - checkpoint.keys()
@@ -500,7 +517,7 @@ def restore(path, model, optimizer, scaler, settings):
         raise UserError(f'{path} was trained with {before["optimizer"]}; go on with the same '
                         f'--optimizer')
     for name in GOES_ON_ALIKE:
-        if before.get(name) != settings[name]:
+        if before.get(name) != settings[name] and process_number() == 0:
             print(f'note: {name} was {before.get(name)} and is {settings[name]} now, so this run '
                   f'will not end as an unbroken one')
     model.load_state_dict(checkpoint['model'])

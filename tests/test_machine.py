@@ -143,7 +143,7 @@ def test_cached_images_are_those_of_the_files_with_any_number_of_workers(dataset
         cached = [batch[0] for batch in make_train_loader(dataset, order, workers, cpu)]
         assert all(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
     folder, _ = machine.shared_folder()
-    assert not list(folder.glob(f'ssd300-cache-{os.getpid()}'))
+    assert not list(folder.glob(f'ssd300-cache-*-{os.getpid()}'))
 
 
 def test_a_cache_that_does_not_fit_is_refused(dataset, monkeypatch, tmp_path):

@@ -157,6 +157,26 @@ def test_auto_passes_over_what_is_torn_and_begins_where_there_is_nothing(folder)
     assert 'note: c.pth cannot be read as a checkpoint' in out and 'iterations 1 to 3 ' in out
 
 
+def test_an_evaluation_that_was_killed_is_made_up_for(folder):
+    """Killed in the last evaluation, after the last checkpoint; then the same command again."""
+    words = ('--iterations', 2, '--print-freq', 2, '--resume', 'auto', '--checkpoint', 'c.pth')
+    process = start(command(*words), folder)
+    try:
+        while not (folder / 'c.pth').exists():
+            assert process.poll() is None, (folder / 'output').read_text()[-2000:]
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert not any(row['mAP'] for row in read_log(folder / 'c_log'))
+    for _ in range(2):  # once more, as a queue of jobs may do, it has nothing left to do
+        out = run(*words, folder=folder)
+        assert 'iterations 2 to 2 ' in out and '2 iterations, written to c.pth' in out
+        rows = read_log(folder / 'c_log')
+        assert [row['iteration'] for row in rows] == ['2'] and float(rows[0]['mAP']) >= 0
+    assert '2 iterations: mAP' not in out and (folder / 'c.best.pth').exists()
+
+
 def test_log_curves_and_tensorboard_have_the_numbers_of_the_bar(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     out = run('--iterations', 4, '--eval-every', 2, '--print-freq', 2, '--checkpoint', 'c.pth.tar',
