@@ -95,7 +95,7 @@ class Report:
         return iteration - self.start == SETTLED and iteration < self.end
 
     def read(self, iteration, rate, wants_stop):
-        """Make a row of what was noted since the last one. All processes come here together.
+        """Make and show a row of what was noted since the last one. All processes come together.
 
         Args:
             iteration, rate: number of iterations done, and the rate of the last.
@@ -136,36 +136,32 @@ class Report:
                      f'without evaluations, {peak_memory(self.device) / 1e9:.1f} GB at the peak')
         self.rows.append(row)
         self.pending, self.n_images = [], 0
-        return stop[0] > 0
-
-    def write(self, mAP=math.nan):
-        """Write the last row to the log and to TensorBoard, with the mAP if there is one."""
-        row = self.rows[-1]
-        row['mAP'] = mAP
         if self.is_first:
             with open(self.folder / 'log.csv', 'a', encoding='utf-8', newline='') as file:
                 csv.writer(file).writerow(format_row(row))
-            for column in COLUMNS[1:]:
+            for column in COLUMNS[1:-1]:
                 if not math.isnan(row[column]):
-                    self.board.add_scalar(column, row[column], row['iteration'])
+                    self.board.add_scalar(column, row[column], iteration)
             self.board.flush()
-        # Saving and evaluating is not training: the next row's speed counts from here.
+        return stop[0] > 0
+
+    def go_on(self):
+        """Count the next row's speed from here: saving and evaluating is not training."""
         self.since = time.perf_counter()
 
     def lacks_mAP(self):
         """Whether a resumed run's last row has none: it was stopped while it was evaluated."""
-        last = self.rows[-1] if self.rows else {}
-        has_one = last.get('iteration') == self.start and not math.isnan(last['mAP'])
-        return not gather_from_processes(has_one)[0]
+        lacks = self.rows and self.rows[-1]['iteration'] == self.start and math.isnan(
+            self.rows[-1]['mAP'])
+        return gather_from_processes(bool(lacks))[0]
 
     def add_mAP(self, mAP):
-        """Make up for the mAP of a resumed run's last row."""
-        if not self.rows or self.rows[-1]['iteration'] != self.start:
-            self.rows.append(dict.fromkeys(COLUMNS, math.nan) | {'iteration': self.start,
-                                                                 'skipped': self.skipped})
-        if self.is_first:
-            write_log(self.folder / 'log.csv', self.rows[:-1])
-        self.write(mAP)
+        """Add the mAP to the last row."""
+        if self.is_first and self.rows:
+            self.rows[-1]['mAP'] = mAP
+            write_log(self.folder / 'log.csv', self.rows)
+            self.board.add_scalar('mAP', mAP, self.rows[-1]['iteration'])
+            self.board.flush()
 
     def say(self, text):
         """Print a line above the progress bar."""

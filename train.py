@@ -291,9 +291,11 @@ def train(find_gradients, take_step, optimizer, batches, start, end, rate_of, re
                 stop = report.read(iteration, rate, signalled.is_set())
                 if stop or to_save:
                     save(iteration)
-                report.write(validate(iteration) if to_eval and (last or not stop) else math.nan)
+                if to_eval and (last or not stop):
+                    report.add_mAP(validate(iteration))
                 if stop:
                     break
+                report.go_on()
     return iteration
 
 
@@ -406,6 +408,7 @@ def run(p, device):
         if start and eval_every and (start == p.iterations or start % eval_every == 0) \
                 and report.lacks_mAP():
             report.add_mAP(validate(start))
+            report.go_on()
         done = train(
             functools.partial(find_gradients, network, criterion, scaler, dtype,
                               p.grad_accumulation, normalize=model.normalize),

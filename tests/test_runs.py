@@ -22,7 +22,7 @@ from utils import load_checkpoint, save_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # How often a run is killed. SSD_KILLS=20 is the thorough version.
-KILLS = int(os.environ.get('SSD_KILLS', 2))
+KILLS = int(os.environ.get('SSD_KILLS', 1))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def run(*words, folder, code=0, **options):
 
 def test_killed_at_random_moments_a_run_ends_as_if_it_were_not(folder):
     """The checkpoint is written all the time, so kills come in the middle of that, too."""
-    words = ('--iterations', 8, '--save-every', 1, '--eval-every', 4)
+    words = ('--iterations', 5, '--save-every', 1, '--eval-every', 4)
     run(*words, '--checkpoint', 'whole.pth.tar', folder=folder)
     words = command(*words, '--checkpoint', 'killed.pth.tar', '--resume', 'auto')
     dice, kills, done = random.Random(0), 0, -1
@@ -95,15 +95,15 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_were_not(folder):
         kills += 1
         if (folder / 'killed.pth.tar').exists():
             before, done = done, load_checkpoint(folder / 'killed.pth.tar')['iteration']
-            assert done >= before or before == 8, 'what was saved is not lost'
+            assert done >= before or before == 5, 'what was saved is not lost'
     finish(start(words, folder), folder)
     whole, killed = (load_checkpoint(folder / f'{name}.pth.tar') for name in ('whole', 'killed'))
-    assert whole['iteration'] == killed['iteration'] == 8
+    assert whole['iteration'] == killed['iteration'] == 5
     assert_same(whole['model'], killed['model'])
     assert_same(whole['optimizer'], killed['optimizer'])
     assert not list(folder.glob('.killed*')), 'torn files are removed'
     logs = [read_log(folder / f'{name}_log') for name in ('whole', 'killed')]
-    assert [row['iteration'] for row in logs[0]] == [str(i) for i in range(1, 9)]
+    assert [row['iteration'] for row in logs[0]] == [str(i) for i in range(1, 6)]
     for rows in zip(*logs, strict=True):
         for column in ('iteration', 'loss', 'classes', 'boxes', 'rate', 'mAP', 'skipped'):
             assert rows[0][column] == rows[1][column], column
@@ -242,7 +242,7 @@ def test_a_process_that_dies_ends_the_run(folder):
         process.kill()
         raise
     out = finish(process, folder, code=1, timeout=60)
-    assert 'train.py: another process of this run has ended' in out
+    assert 'train.py: the other processes of this run cannot be reached' in out
     assert '--resume auto' in out
 
 
