@@ -100,6 +100,11 @@ def read_image(path, read=to_rgb):
                         f'create_data_lists.py with --skip-broken') from error
 
 
+def read_size(path):
+    """Width and height of an image file, from its header; a UserError if it is broken."""
+    return read_image(path, lambda file: file.size)
+
+
 def read_list(data_folder, name):
     """The content of one of the JSON files that `create_data_lists.py` wrote."""
     path = pathlib.Path(data_folder) / f'{name}.json'
@@ -144,7 +149,7 @@ class ImageCache:
     """
 
     def __init__(self, paths):
-        self.sizes = [read_image(path, lambda file: file.size) for path in paths]
+        self.sizes = [read_size(path) for path in paths]
         ends = torch.tensor([3 * width * height for width, height in self.sizes]).cumsum(0).tolist()
         self.starts = [0, *ends]
         is_first = int(os.environ.get('LOCAL_RANK', 0)) == 0    # of this machine

@@ -24,7 +24,7 @@ from average_precision import (
     mean_of_known,
     recall_from,
 )
-from datasets import read_image
+from datasets import read_image, read_size
 from detect import draw_objects
 from utils import UserError, distinct_colors, find_jaccard_overlap, write_beside
 
@@ -78,16 +78,8 @@ DECIMALS = 4    # of a pixel; a network's float32 fraction of 500 pixels is no f
 
 def read_sizes(paths):
     """Width and height of image files, from their headers: (n, 2) float64."""
-    def read(path):
-        """The size of one."""
-        try:
-            with Image.open(path) as image:
-                return image.size
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f'{path}: its size cannot be read ({error}); replace it') from error
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return torch.tensor(list(pool.map(read, paths)), dtype=torch.float64).view(-1, 2)
+        return torch.tensor(list(pool.map(read_size, paths)), dtype=torch.float64).view(-1, 2)
 
 
 def in_pixels(detections, sizes):
