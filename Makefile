@@ -7,8 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# glibc gives the memory of every large tensor back to the system and asks for it again, which
-# costs a training step on a CPU 10 to 45 %. With these it keeps the memory.
+# glibc returns the memory of every large tensor to the system and requests it again, which costs a
+# training step on a CPU 10 to 45 %. With these settings it keeps the memory.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .PHONY: demo test figures setup
@@ -21,7 +21,7 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(BIN)/python shapes.py --output-folder demo/shapes
+	$(BIN)/python -m tools.shapes --output-folder demo/shapes
 	$(BIN)/python create_data_lists.py --train demo/shapes:trainval --test demo/shapes:test \
 		--output-folder demo/data
 	$(KEEP_MEMORY) $(BIN)/python train.py --data-folder demo/data --no-pretrained \
@@ -35,7 +35,7 @@ demo: setup
 
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 figures: setup
-	$(BIN)/python figures.py
+	$(BIN)/python -m tools.figures

@@ -1,32 +1,49 @@
-"""Read folders in VOC layout and write the lists that training and evaluation read.
+"""Write the JSON lists of images and objects that training and evaluation read.
 
     python create_data_lists.py --voc07-path VOCdevkit/VOC2007 --voc12-path VOCdevkit/VOC2012
     python create_data_lists.py --train cells:trainval --test cells:test
 
-Without an argument it does what the first line does.
+Without arguments it does what the first line does. The folders are in VOC layout: JPEGImages,
+Annotations (an XML file per image) and ImageSets/Main (a text file of image names per split).
 """
 
+import contextlib
 import dataclasses
+import json
+import os
+import pathlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import tyro
+from PIL import Image
 from torchvision.datasets import VOCDetection
+from tqdm import tqdm
 
-from utils import (
+from support.errors import (
+    BrokenImageError,
     UserError,
+    atomic_write,
     exit_on_user_error,
-    label_map as voc_label_map,
     make_folder,
-    write_data_lists,
+)
+from utils import (
+    IMAGE_ERRORS,
+    IMAGE_SUFFIXES,
+    label_map as voc_label_map,
+    parse_objects,
+    read_number,
+    read_xml,
 )
 
 
 @dataclasses.dataclass
 class Parameters:
-    """Make the lists of a data set in VOC layout."""
+    """Write the lists of a data set in VOC layout."""
 
     # --- PASCAL VOC: 07 + 12 trainval to train, 07 test to test ---
 
-    # The folder VOC2007, with JPEGImages, Annotations and ImageSets in it.
+    # The folder VOC2007, which holds JPEGImages, Annotations and ImageSets.
     voc07_path: str = './VOCdevkit/VOC2007'
     # The folder VOC2012.
     voc12_path: str = './VOCdevkit/VOC2012'
@@ -35,27 +52,58 @@ class Parameters:
 
     # --- any other data set, in place of VOC ---
 
-    # What to train on: any number of folder:split.
+    # Images to train on: any number of folder:split.
     train: tuple[str, ...] = ()
-    # What to evaluate on: any number of folder:split.
+    # Images to evaluate on: any number of folder:split.
     test: tuple[str, ...] = ()
-    # Class names in the order of their numbers. Empty: those in the annotations, sorted.
+    # Class names in the order of their labels. Empty: those in the annotations, sorted.
     classes: tuple[str, ...] = ()
 
     # --- output ---
 
     # Folder for the lists.
     output_folder: str = './data'
-    # Leave images that cannot be decoded out, in place of stopping at the first.
+    # Leave out images that cannot be decoded, in place of stopping at the first.
     skip_broken: bool = False
 
 
-def download_voc(folder):
-    """Download VOC 2007 and 2012 with torchvision, checksums included.
+@exit_on_user_error
+def main(parameters):
+    """Write the lists of the given splits, or else of VOC."""
+    p = parameters
+    if p.train or p.test:
+        if p.download:
+            raise UserError('--download is for VOC; leave it out, or leave out --train and --test')
+        train_splits = [parse_split(text) for text in p.train]
+        test_splits = [parse_split(text) for text in p.test]
+        label_map = None
+    else:
+        paths = download_voc(p.download) if p.download else (p.voc07_path, p.voc12_path)
+        train_splits, test_splits = voc_splits(*paths)
+        label_map = voc_label_map
+    if p.classes:
+        if len(set(p.classes)) < len(p.classes) or 'background' in p.classes:
+            raise UserError(f'--classes {" ".join(p.classes)}: each class once, and background is '
+                            f'none of them')
+        label_map = number_classes(p.classes)
+    write_data_lists(train_splits, test_splits, p.output_folder, label_map, p.skip_broken)
 
-    Returns:
-        The folders VOC2007 and VOC2012.
-    """
+
+def parse_split(text):
+    """Parse 'folder:split' into (folder, split); the folder may contain colons itself."""
+    folder, colon, split = text.rpartition(':')
+    if not (folder and colon and split):
+        raise UserError(f'{text!r} is not folder:split, such as VOC2007:trainval')
+    return folder, split
+
+
+def voc_splits(voc07_path, voc12_path):
+    """Return VOC's train splits (07 + 12 trainval) and test splits (07 test)."""
+    return [(voc07_path, 'trainval'), (voc12_path, 'trainval')], [(voc07_path, 'test')]
+
+
+def download_voc(folder):
+    """Download VOC with torchvision, which verifies it; returns folders VOC2007 and VOC2012."""
     folder = make_folder(folder)
     for year, split in (('2007', 'trainval'), ('2007', 'test'), ('2012', 'trainval')):
         try:
@@ -68,33 +116,209 @@ def download_voc(folder):
     return folder / 'VOCdevkit' / 'VOC2007', folder / 'VOCdevkit' / 'VOC2012'
 
 
-def parse_split(text):
-    """'folder:split' to (folder, split); the folder may hold colons itself."""
-    folder, colon, split = text.rpartition(':')
-    if not (folder and colon and split):
-        raise UserError(f'{text!r} is not folder:split, such as VOC2007:trainval')
-    return folder, split
+# --------------------------------------------------------------------------------------------------
+# Writing the lists
+# --------------------------------------------------------------------------------------------------
 
 
-@exit_on_user_error
-def main(parameters):
-    """Write the lists as the parameters say."""
-    p = parameters
-    own_data = bool(p.train or p.test)
-    if own_data and p.download:
-        raise UserError('--download is for VOC; leave it out, or leave out --train and --test')
-    if own_data:
-        train, test = ([parse_split(text) for text in texts] for texts in (p.train, p.test))
-    else:
-        voc07, voc12 = download_voc(p.download) if p.download else (p.voc07_path, p.voc12_path)
-        train, test = [(voc07, 'trainval'), (voc12, 'trainval')], [(voc07, 'test')]
-    label_map = None if own_data else voc_label_map
-    if p.classes:
-        if len(set(p.classes)) < len(p.classes) or 'background' in p.classes:
-            raise UserError(f'--classes {" ".join(p.classes)}: each class once, and background is '
-                            f'none of them')
-        label_map = {'background': 0, **{name: i for i, name in enumerate(p.classes, 1)}}
-    write_data_lists(train, test, p.output_folder, label_map, p.skip_broken)
+def create_data_lists(voc07_path, voc12_path, output_folder):
+    """Write the lists of VOC with its twenty classes; see `write_data_lists()`."""
+    return write_data_lists(*voc_splits(voc07_path, voc12_path), output_folder, voc_label_map)
+
+
+def write_data_lists(train_splits, test_splits, output_folder, label_map=None, skip_broken=False):
+    """Read the splits and write the lists that training and evaluation read.
+
+    Boxes are clipped to the image, and boxes without area dropped. Images without objects are left
+    out of TRAIN, but kept in TEST, where every detection in them is a false positive. All images
+    are read before any file is written.
+
+    Args:
+        train_splits, test_splits: lists of (folder, split), such as ('VOC2007', 'trainval').
+        output_folder: for TRAIN_images.json, TRAIN_objects.json, TEST_images.json,
+            TEST_objects.json and label_map.json; created if missing.
+        label_map: class names to labels; None for the classes in the annotations, sorted.
+        skip_broken: leave out images that cannot be decoded, in place of stopping at the first.
+
+    Returns:
+        The summary, which is printed too: {'classes': [names], 'TRAIN': {what: count}, 'TEST':
+        {what: count}}.
+    """
+    output_folder = make_folder(output_folder)
+    train_images, train_objects, train_counts = read_splits(
+        'TRAIN', train_splits, label_map, skip_broken)
+    test_images, test_objects, test_counts = read_splits(
+        'TEST', test_splits, label_map, skip_broken)
+    all_objects = train_objects + test_objects
+    if label_map is None:
+        label_map = number_classes(find_classes(all_objects))
+        for objects in all_objects:
+            objects['labels'] = [label_map[name] for name in objects['labels']]
+    write_files(output_folder, TRAIN_images=train_images, TRAIN_objects=train_objects,
+                TEST_images=test_images, TEST_objects=test_objects, label_map=label_map)
+    summary = {'classes': [name for name in label_map if name != 'background'],
+               'TRAIN': train_counts, 'TEST': test_counts}
+    print_summary(summary, output_folder)
+    return summary
+
+
+def find_classes(all_objects):
+    """Return the sorted names of all classes in objects whose labels are still names."""
+    names = sorted({name for objects in all_objects for name in objects['labels']})
+    if 'background' in names:
+        raise UserError("a class of the annotations is named 'background', which stands for no "
+                        "object; rename it")
+    return names
+
+
+def number_classes(names):
+    """Return the label map of class names, from 1 in the given order; background is 0."""
+    return {'background': 0, **{name: label for label, name in enumerate(names, 1)}}
+
+
+def write_files(folder, **contents):
+    """Write each NAME=content as NAME.json, all of them or none."""
+    with contextlib.ExitStack() as stack:  # renames the files after the last one is written
+        for name, content in contents.items():
+            path = stack.enter_context(atomic_write(folder / f'{name}.json'))
+            path.write_text(json.dumps(content), encoding='utf-8')
+
+
+def print_summary(summary, output_folder):
+    """Print the counts of both lists, the classes and the folder."""
+    for name in ('TRAIN', 'TEST'):
+        counts = summary[name]
+        print(f'{name}: {counts.get("images", 0)} images, {counts.get("objects", 0)} objects')
+        for what in sorted(counts.keys() - {'images', 'objects'}):
+            print(f'    {what}: {counts[what]}')
+    print(f'{len(summary["classes"])} classes: {", ".join(summary["classes"])}')
+    print(f'written to {output_folder.resolve()}')
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading the splits
+# --------------------------------------------------------------------------------------------------
+
+
+def read_splits(name, splits, label_map, skip_broken):
+    """Read the splits of `name`, TRAIN or TEST: image paths, their objects and {what: count}."""
+    files = [pair for folder, split in splits for pair in find_files(folder, split)]
+    images, all_objects, counts = [], [], Counter()
+    results = read_in_parallel(name, files, label_map, skip_broken)
+    for (_, image_path), (objects, image_counts) in zip(files, results):
+        counts += image_counts
+        if objects is None:  # a broken image
+            continue
+        if name == 'TRAIN' and not objects['boxes']:
+            counts['images without objects, left out'] += 1
+            continue
+        counts['images'] += 1
+        counts['images without objects, kept'] += not objects['boxes']
+        images.append(str(image_path))
+        all_objects.append(objects)
+    return images, all_objects, dict(+counts)  # + leaves out the zeros
+
+
+def find_files(folder, split):
+    """Return the (annotation path, image path) pairs of a split, absolute; or a UserError."""
+    folder = pathlib.Path(folder)
+    for part in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        if not (folder / part).is_dir():
+            raise UserError(f'{folder}: not a folder in VOC layout, it has no {part}; give the '
+                            f'folder that holds JPEGImages, Annotations and ImageSets/Main')
+    split_path = folder / 'ImageSets' / 'Main' / f'{split}.txt'
+    if not split_path.is_file():
+        splits = sorted(path.stem for path in split_path.parent.glob('*.txt'))
+        raise UserError(f'{split_path}: no such split; there are: {", ".join(splits[:20])}')
+
+    image_paths = find_images(folder / 'JPEGImages')
+    files = []
+    lines = split_path.read_text('utf-8', 'replace').splitlines()
+    for line in filter(None, map(str.strip, lines)):
+        # The splits of a single class have a flag after the name: '000012 -1'.
+        name = line if line in image_paths else line.split()[0]
+        if name not in image_paths:
+            raise UserError(f'{split_path} names {name!r}, but {folder / "JPEGImages"} has no '
+                            f'image of that name; add it, or take the line out')
+        files.append((folder.resolve() / 'Annotations' / f'{name}.xml', image_paths[name]))
+    return files
+
+
+def find_images(folder):
+    """Map the names of a folder's images, without their suffixes, to absolute paths."""
+    # Of two images with the same name the one whose suffix comes first in IMAGE_SUFFIXES counts.
+    paths = [path for path in folder.resolve().iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path), reverse=True)
+    return {path.stem: path for path in paths}
+
+
+def read_in_parallel(name, files, label_map, skip_broken):
+    """Call `read_objects()` for each (annotation path, image path), in parallel and in order."""
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
+    try:
+        results = pool.map(lambda pair: read_objects(*pair, label_map, skip_broken), files)
+        return list(tqdm(results, name, len(files)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_objects(annotation_path, image_path, label_map, skip_broken):
+    """Read the cleaned objects of one image, after checking that the image can be decoded.
+
+    Returns:
+        The objects, None for a broken image if `skip_broken`; and a Counter for the summary.
+    """
+    root = read_xml(annotation_path)
+    objects = parse_objects(root, annotation_path, label_map)
+    try:
+        width, height = check_image(image_path)
+    except BrokenImageError:
+        if not skip_broken:
+            raise
+        return None, Counter({'broken images, left out': 1})
+    check_stated_size(root, annotation_path, image_path, width, height)
+    return clean_objects(objects, width, height)
+
+
+def check_image(path):
+    """Decode an image file completely; return its stored width and height."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which is faster
+            image.load()
+            return size
+    except IMAGE_ERRORS as error:
+        raise BrokenImageError(f'{path}: cannot be decoded ({error}); replace it, or leave such '
+                               f'images out with --skip-broken') from error
+
+
+def check_stated_size(root, annotation_path, image_path, width, height):
+    """Raise a UserError if the annotation states another size; no size, or 0, is accepted."""
+    for tag, actual in (('width', width), ('height', height)):
+        stated = read_number(root, f'size/{tag}', annotation_path, default=0)
+        if stated not in (0, actual):
+            raise UserError(f'{annotation_path}: {tag} {stated:g}, but {image_path} has {actual}; '
+                            f'the boxes are for another image, replace one of the two')
+
+
+def clean_objects(objects, width, height):
+    """Clip boxes to the image and drop those without area; returns objects and a Counter."""
+    cleaned, counts = {'boxes': [], 'labels': [], 'difficulties': []}, Counter()
+    for box, label, difficult in zip(
+            objects['boxes'], objects['labels'], objects['difficulties']):
+        clipped = [min(max(box[0], 0), width), min(max(box[1], 0), height),
+                   min(max(box[2], 0), width), min(max(box[3], 0), height)]
+        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+            counts['boxes without area, dropped'] += 1
+            continue
+        counts['boxes past the border, clipped'] += clipped != box
+        counts['difficult'] += difficult
+        cleaned['boxes'].append(clipped)
+        cleaned['labels'].append(label)
+        cleaned['difficulties'].append(difficult)
+    counts['objects'] = len(cleaned['boxes'])
+    return cleaned, counts
 
 
 if __name__ == '__main__':

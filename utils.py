@@ -1,155 +1,64 @@
-"""What the scripts share: labels, boxes, VOC's files, images, checkpoints.
+"""Functions that all scripts share: boxes, annotations, images, augmentation, evaluation.
 
 Seven sections, each of which uses only the sections above it:
 
-1. Slips and files        3. Box coordinates             5. Annotations and data lists
-2. Classes and labels     4. Jaccard overlap and NMS     6. Images
-                                                         7. Checkpoints
+1. Classes and labels                            5. Images
+2. Box coordinates                               6. Augmentation
+3. Jaccard overlap and non-maximum suppression   7. Mean average precision
+4. VOC annotations
 
-Boxes are edges, not pixel indices: (x_min, y_min, x_max, y_max) is the interval from the left edge
-of the first column to the right edge of the last, so a width is x_max - x_min, without a "+ 1".
+Boxes are edges, not pixel indices (section 4 converts VOC's): (x_min, y_min, x_max, y_max) is the
+interval from the left edge of the first column to the right edge of the last, so a width is
+x_max - x_min, without a "+ 1".
 
 Letters in comments and docstrings:
 N images in a batch, P = 8732 priors, C classes with background 0, O objects in an image.
 """
 
 import colorsys
-import contextlib
 import functools
-import glob
-import importlib
-import json
 import math
-import os
-import pathlib
-import sys
-import tempfile
+import random
 import xml.etree.ElementTree as ET
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.transforms.functional import pil_to_tensor
+
+from support.errors import UserError
 
 # --------------------------------------------------------------------------------------------------
-# 1. Slips and files
+# 1. Classes and labels
 #
-# A person's slip ends a script with one line that says what to do. A file appears whole or not at
-# all: it is written beside its place and renamed into it.
-# --------------------------------------------------------------------------------------------------
-
-
-class UserError(ValueError):
-    """A person's slip, not a program's: the message says what is wrong, where, and what to do."""
-
-
-class BrokenImageError(UserError):
-    """An image file that cannot be decoded."""
-
-
-def exit_on_user_error(main):
-    """Make a script's `main` print a person's slip as one line and exit with 1."""
-    @functools.wraps(main)
-    def _main(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except (UserError, OSError) as error:
-            # What a DataLoader's worker raises arrives with the worker's traceback before it.
-            message = str(error).rpartition('UserError: ')[2].strip()
-        except torch.OutOfMemoryError as error:
-            message = f'{str(error).splitlines()[0]} Give a smaller --batch-size'
-        except RuntimeError as error:
-            if 'DataLoader worker' not in str(error):
-                raise
-            message = (f'{str(error).splitlines()[0]} If it was killed, the machine has too little '
-                       f'memory: give fewer --workers')
-        except KeyboardInterrupt:
-            message = 'interrupted'
-        print(f'{pathlib.Path(sys.argv[0]).name}: {message}', file=sys.stderr)
-        sys.exit(1)
-    return _main
-
-
-@contextlib.contextmanager
-def write_beside(path):
-    """Give the path of a temporary file to write, which becomes `path` when the block has ended.
-
-    When the block fails, the temporary file is removed and what was at `path` stays.
-    """
-    path = pathlib.Path(path)
-    beside = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
-    try:
-        yield beside
-        os.replace(beside, path)
-    except torch.OutOfMemoryError:  # of work in the block, a RuntimeError too
-        raise
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        raise UserError(f'{path} cannot be written ({error}); free some space or choose another '
-                        f'place') from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-
-
-def remove_torn(path):
-    """Remove the temporary files of `write_beside(path)` that killed processes have left."""
-    path = pathlib.Path(path)
-    for torn in path.parent.glob(f'.{glob.escape(path.stem)}.*{path.suffix}'):
-        pid = torn.name.removesuffix(path.suffix).rpartition('.')[2]
-        ended = os.path.exists('/proc/self') and not os.path.exists(f'/proc/{pid}')
-        if pid.isdecimal() and ended:
-            torn.unlink(missing_ok=True)
-
-
-def make_folder(folder):
-    """Make a folder and try to write into it, before the work whose result it is to hold."""
-    folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f'{folder} cannot be written ({error}); choose another folder') from error
-    return folder
-
-
-def check_at_least(minimum, **values):
-    """A UserError for the first parameter that is less than the minimum."""
-    for name, value in values.items():
-        if value < minimum:
-            raise UserError(f'{name} is {value}; give --{name.replace("_", "-")} {minimum} or more')
-
-
-# --------------------------------------------------------------------------------------------------
-# 2. Classes and labels
-#
-# A class has a name outside and a number inside, and label_map leads from one to the other. The
-# number 0 is the background, which is never annotated. VOC's map is here; any other data set's is
-# made with its lists, and travels in label_map.json and in the checkpoint.
+# Class names are mapped to class indices by a label_map, with 0 for the background, which is never
+# annotated. The one here is VOC's. create_data_lists.py makes those of other data sets, and writes
+# them to label_map.json; checkpoints hold them, too.
 # --------------------------------------------------------------------------------------------------
 
 voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
               'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
               'train', 'tvmonitor')
-label_map = {'background': 0, **{name: number for number, name in enumerate(voc_labels, 1)}}
-rev_label_map = {number: name for name, number in label_map.items()}
+label_map = {'background': 0, **{name: index for index, name in enumerate(voc_labels, 1)}}
+rev_label_map = {index: name for name, index in label_map.items()}
 
 
 def default_label_map(n_classes):
-    """VOC's classes where there are 21, and numbers where there is any other number of them."""
+    """Return VOC's label map for 21 classes, and numbered names for any other number of them."""
     if n_classes == len(label_map):
         return dict(label_map)
     return {'background': 0, **{f'class {i}': i for i in range(1, n_classes)}}
 
 
 def distinct_colors(label_map):
-    """A colour for every class name, as '#rrggbb'; the background is white."""
-    # Steps of the golden ratio spread any number of hues around the circle; two levels of
-    # lightness tell neighbours apart.
+    """Choose a color for every class: {class name: '#rrggbb'}, white for the background."""
+    # Steps of the golden ratio spread any number of hues around the color wheel; alternating
+    # lightness separates neighbors.
     colors = {}
-    for name, number in label_map.items():
-        lightness = 0.45 + 0.15 * (number % 2)
-        rgb = colorsys.hls_to_rgb(number * 0.618034 % 1, lightness, 0.9)
+    for name, index in label_map.items():
+        lightness = 0.45 + 0.15 * (index % 2)
+        rgb = colorsys.hls_to_rgb(index * 0.618034 % 1, lightness, 0.9)
         colors[name] = '#' + ''.join(f'{round(255 * level):02x}' for level in rgb)
     return {**colors, 'background': '#ffffff'}
 
@@ -158,182 +67,202 @@ label_color_map = distinct_colors(label_map)
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Box coordinates
+# 2. Box coordinates
 #
-# Three ways to write a box. Corners (no suffix, or _xy) for geometry; centre and size (_cxcy) for
-# priors; and offsets from a prior (gcxgcy, "locs"), which the network predicts.
+# Three representations of a box: corners (no suffix, or _xy) for geometry, center and size (_cxcy)
+# for priors, and offsets from a prior (gcxgcy or locs; g in the paper), which the network predicts.
 # --------------------------------------------------------------------------------------------------
 
 
 def xy_to_cxcy(xy):
-    """Corners (x_min, y_min, x_max, y_max) to centre and size (cx, cy, w, h): (..., 4) both."""
+    """Convert corners (x_min, y_min, x_max, y_max) to center and size (cx, cy, w, h): (..., 4)."""
     return torch.cat([(xy[..., :2] + xy[..., 2:]) / 2, xy[..., 2:] - xy[..., :2]], dim=-1)
 
 
 def cxcy_to_xy(cxcy):
-    """Centre and size (cx, cy, w, h) to corners (x_min, y_min, x_max, y_max): (..., 4) both."""
+    """Convert center and size (cx, cy, w, h) to corners (x_min, y_min, x_max, y_max): (..., 4)."""
     return torch.cat([cxcy[..., :2] - cxcy[..., 2:] / 2, cxcy[..., :2] + cxcy[..., 2:] / 2], dim=-1)
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
-    """Boxes to offsets from their priors; (..., 4) all, in fractions, offsets without a unit.
+    """Encode boxes as offsets from their priors: (..., 4) both, in the same unit.
 
-    The centre's offset is measured in the prior's size, the size's on a logarithmic scale: the
-    same numbers mean the same for small and large priors (section 2.2 of the paper). The factors
-    10 and 5 are the published Caffe code's "variances" 0.1 and 0.2, which bring the offsets to
-    about the spread that the network's other outputs have.
+        g_cx = (cx - prior_cx) / (prior_w / 10)       g_w = 5 * log(w / prior_w)
+        g_cy = (cy - prior_cy) / (prior_h / 10)       g_h = 5 * log(h / prior_h)
+
+    Relative to the prior's size, an offset means the same for small and for large priors (section
+    2.2 of the paper). The factors 10 and 5 are the "variances" 0.1 and 0.2 of the published Caffe
+    code: they bring the offsets of matched priors to a standard deviation near 1.
+
+    Returns:
+        (..., 4) offsets, without a unit.
     """
-    centres = (cxcy[..., :2] - priors_cxcy[..., :2]) / (priors_cxcy[..., 2:] / 10)
-    return torch.cat([centres, torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5], dim=-1)
+    centers = (cxcy[..., :2] - priors_cxcy[..., :2]) / (priors_cxcy[..., 2:] / 10)
+    return torch.cat([centers, torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5], dim=-1)
 
 
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """Offsets from priors back to boxes, the inverse of `cxcy_to_gcxgcy`: (..., 4) all."""
-    centres = gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2]
-    return torch.cat([centres, torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]], dim=-1)
+    """Decode offsets from priors to boxes, the inverse of `cxcy_to_gcxgcy()`: (..., 4) all."""
+    centers = gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2]
+    return torch.cat([centers, torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]], dim=-1)
+
+
+def pad_objects(boxes, labels):
+    """Stack the objects of images that have different numbers of them, padded with zeros.
+
+    The padding has boxes without area, which overlap nothing, and label 0, the background.
+
+    Args:
+        boxes, labels: lists of N tensors, (O, 4) and (O,).
+
+    Returns:
+        boxes (N, O, 4) and labels (N, O), with O the largest number of objects, at least 1.
+    """
+    boxes = pad_sequence(list(boxes), batch_first=True)
+    labels = pad_sequence(list(labels), batch_first=True)
+    if boxes.shape[1] == 0:     # no objects in the whole batch
+        return boxes.new_zeros(len(boxes), 1, 4), labels.new_zeros(len(boxes), 1)
+    return boxes, labels
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Jaccard overlap and non-maximum suppression
+# 3. Jaccard overlap and non-maximum suppression
 #
-# The Jaccard overlap, or intersection over union, says how alike two boxes are: 1 for the same
-# box, 0 for boxes apart. Matching, suppression, cropping and mAP are all built on it.
+# The Jaccard overlap (intersection over union, IoU) measures how similar two boxes are: 1 for equal
+# boxes, 0 for disjoint ones. Matching, suppression, cropping and mAP are all based on it.
 # --------------------------------------------------------------------------------------------------
 
 
 def find_intersection(set_1, set_2):
-    """The area that each box of one set shares with each of the other.
+    """Compute the intersection area of each box of one set with each box of the other.
 
     Args:
-        set_1, set_2: (..., n1, 4) and (..., n2, 4), corners, any unit.
+        set_1, set_2: (..., n1, 4) and (..., n2, 4), corners in any unit.
 
     Returns:
         (..., n1, n2), in the unit squared.
     """
-    # A plane for each coordinate, contiguous: the arithmetic then runs over n2 numbers in a row.
-    x_min_1, y_min_1, x_max_1, y_max_1 = set_1.unsqueeze(-2).unbind(-1)                 # (n1, 1)
-    x_min_2, y_min_2, x_max_2, y_max_2 = set_2.unsqueeze(-3).movedim(-1, 0).contiguous()  # (1, n2)
-    width = torch.minimum(x_max_1, x_max_2).sub_(torch.maximum(x_min_1, x_min_2)).clamp_(min=0)
-    height = torch.minimum(y_max_1, y_max_2).sub_(torch.maximum(y_min_1, y_min_2)).clamp_(min=0)
-    return width.mul_(height)
+    # Shapes (..., n1, 1) and (..., 1, n2), so that each box is combined with each. Contiguous,
+    # since strided views (every fourth number of a tensor) make the lines below three times as
+    # slow.
+    x_min_1, y_min_1, x_max_1, y_max_1 = set_1.unsqueeze(-2).movedim(-1, 0).contiguous()
+    x_min_2, y_min_2, x_max_2, y_max_2 = set_2.unsqueeze(-3).movedim(-1, 0).contiguous()
+    # Lower right minus upper left corner of the intersection, 0 where the boxes are disjoint.
+    width = (torch.minimum(x_max_1, x_max_2) - torch.maximum(x_min_1, x_min_2)).clamp(min=0)
+    height = (torch.minimum(y_max_1, y_max_2) - torch.maximum(y_min_1, y_min_2)).clamp(min=0)
+    return width * height                                                   # (..., n1, n2)
 
 
 def find_jaccard_overlap(set_1, set_2):
-    """Intersection over union of each box of one set with each of the other.
+    """Compute the Jaccard overlap of each box of one set with each box of the other.
 
-    A box without area (also one with its corners exchanged) overlaps nothing: 0, not NaN.
+        IoU = intersection / union = intersection / (area_1 + area_2 - intersection)
+
+    A box without area (also one whose corners are exchanged) overlaps nothing: 0, not NaN.
 
     Args:
-        set_1, set_2: (..., n1, 4) and (..., n2, 4), corners, any unit.
+        set_1, set_2: (..., n1, 4) and (..., n2, 4), corners in any unit.
 
     Returns:
-        (..., n1, n2), in [0, 1].
+        (..., n1, n2), from 0 to 1.
     """
-    intersection = find_intersection(set_1, set_2)
-    area_1 = (set_1[..., 2:] - set_1[..., :2]).clamp(min=0).prod(dim=-1)    # (..., n1)
-    area_2 = (set_2[..., 2:] - set_2[..., :2]).clamp(min=0).prod(dim=-1)    # (..., n2)
-    union = (area_1.unsqueeze(-1) + area_2.unsqueeze(-2)).sub_(intersection)
-    return intersection.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
+    intersection = find_intersection(set_1, set_2)                          # (..., n1, n2)
+    areas_1 = (set_1[..., 2:] - set_1[..., :2]).clamp(min=0).prod(dim=-1)   # (..., n1)
+    areas_2 = (set_2[..., 2:] - set_2[..., :2]).clamp(min=0).prod(dim=-1)   # (..., n2)
+    union = areas_1[..., :, None] + areas_2[..., None, :] - intersection
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def greedy_keep(overlap, max_overlap):
-    """Which boxes greedy non-maximum suppression keeps, for boxes sorted by falling score.
+def non_max_suppression(boxes, scores, max_overlap, groups=None):
+    """Remove boxes that overlap a better box of the same object.
 
-    Greedy suppression goes from the best box to the worst and keeps a box if no *kept* better box
-    overlaps it too much. Here all boxes are judged at once, again and again: a box goes if one
-    that was kept in the last round suppresses it. After the first round the best box is settled,
-    after the second the next one at the latest, and so on: when a round changes nothing, the
-    answer is the greedy one. A few rounds do, since a chain of suppressions is short.
+        sort the boxes by falling score
+        for each box: keep it, unless a *kept* box of a higher score overlaps it too much
+
+    torchvision.ops.batched_nms() gives the same result; this one can be read.
 
     Args:
-        overlap: (..., K, K), Jaccard overlap of the boxes with each other.
-
-    Returns:
-        (..., K) bool.
-    """
-    # [i, j]: box i suppresses box j. Only a better box may, so only the upper triangle counts.
-    suppresses = (overlap > max_overlap).triu_(diagonal=1).to(overlap.dtype)
-    keep = overlap.new_ones(overlap.shape[:-1])
-    while True:
-        # A product with a matrix of zeros and ones counts the kept boxes that suppress j.
-        n_suppressors = (keep.unsqueeze(-2) @ suppresses).squeeze(-2)
-        settled = (n_suppressors == 0).to(overlap.dtype)
-        if torch.equal(settled, keep):
-            return keep.bool()
-        keep = settled
-
-
-def non_max_suppression(boxes, scores, max_overlap):
-    """Keep the best of the boxes that overlap each other by more than `max_overlap`.
-
-    Args:
-        boxes: (K, 4), corners, any unit.
+        boxes: (K, 4), corners in any unit.
         scores: (K,)
+        max_overlap: two boxes may both be kept up to this IoU.
+        groups: (K,) int64; boxes of different groups (classes, images) never suppress each other.
+            None: all boxes are in one group.
 
     Returns:
         Indices of the kept boxes, (n,) int64, by falling score and then by rising index.
     """
+    if groups is None:
+        groups = torch.zeros_like(scores, dtype=torch.int64)
     order = scores.argsort(descending=True, stable=True)
-    return order[greedy_keep(find_jaccard_overlap(boxes[order], boxes[order]), max_overlap)]
+    order = order[groups[order].argsort(stable=True)]       # by group, then by falling score
+    _, counts = groups[order].unique_consecutive(return_counts=True)
+
+    # Many groups at once: each is a row of indices, padded with -1 to the length of the longest.
+    kept = [order[:0]]      # torch.cat() needs at least one tensor
+    for rows in batch_by_length(order.split(counts.tolist())):
+        indices = pad_sequence(rows, batch_first=True, padding_value=-1)    # (groups, longest)
+        is_padding = indices < 0
+        # Boxes without area overlap nothing.
+        padded_boxes = boxes[indices].masked_fill(is_padding.unsqueeze(2), 0)
+        overlap = find_jaccard_overlap(padded_boxes, padded_boxes)  # (groups, longest, longest)
+        kept.append(indices[suppress(overlap, max_overlap) & ~is_padding])
+    kept = torch.cat(kept).sort().values    # by index, which decides between equal scores
+    return kept[scores[kept].argsort(descending=True, stable=True)]
 
 
-# Overlaps that are looked at together: 4 MiB, which stay in a processor's cache.
+def suppress(overlap, max_overlap):
+    """Greedy non-maximum suppression of boxes that are sorted by falling score, without a loop.
+
+    Each round decides on all boxes anew: a box stays unless a box that was kept in the previous
+    round suppresses it (before round 1 all are kept). Let a suppress b, and b suppress c. Round 1
+    removes b and c. In round 2, b no longer suppresses c, so a and c are kept. Round 3 changes
+    nothing: done.
+
+    The best box is final after round 1, the second best after round 2 at the latest, and so on, so
+    the result is that of the loop over boxes. Chains as above are short, so a few rounds suffice.
+
+    Args:
+        overlap: (..., K, K), IoU of the boxes with each other.
+
+    Returns:
+        (..., K) bool, True for the kept boxes.
+    """
+    # [i, j]: box i suppresses box j, if i is kept. Only a better box may: the upper triangle.
+    suppresses = (overlap > max_overlap).triu(diagonal=1).to(overlap.dtype)
+    keep = overlap.new_ones(overlap.shape[:-1])
+    while True:
+        # keep @ suppresses: for each box, the number of kept boxes that suppress it
+        n_suppressors = (keep.unsqueeze(-2) @ suppresses).squeeze(-2)
+        still_kept = (n_suppressors == 0).to(overlap.dtype)
+        if torch.equal(still_kept, keep):
+            return keep.bool()
+        keep = still_kept
+
+
+# IoUs that are computed at once: 4 MiB, which fit into the cache of a CPU.
 MAX_OVERLAPS_AT_ONCE = 2 ** 20
 
 
-def rank_in_group(group):
-    """The place of each element in its group, from 0: (M,) for sorted group numbers (M,)."""
-    counts = torch.bincount(group)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(group), device=group.device) - starts[group]
+def batch_by_length(rows):
+    """Split tensors of different lengths into lists of similar lengths, to be padded together.
 
-
-def suppress_in_groups(boxes, group, max_overlap):
-    """Non-maximum suppression in many groups at a time.
-
-    Args:
-        boxes: (M, 4), sorted by group and in a group by falling score.
-        group: (M,), sorted group numbers.
-
-    Returns:
-        (M,) bool, True where the box is kept.
+    The work for a padded list grows with the square of its longest row, so no row is padded to more
+    than twice its length.
     """
-    if len(group) == 0:
-        return torch.ones_like(group, dtype=torch.bool)
-    # One row a group, the longest group first, filled up with boxes of no area, which overlap
-    # nothing.
-    _, row, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
-    rank = rank_in_group(row)
-    counts, by_size = counts.sort(descending=True)
-    row = by_size.argsort()[row]
-    counts = counts.tolist()
-    padded = boxes.new_zeros(len(counts), counts[0], 4)
-    padded[row, rank] = boxes
-    keep = torch.ones(padded.shape[:2], dtype=torch.bool, device=boxes.device)
-
-    # Groups of like size go together, since the work grows with the square of the longest.
-    start = 0
-    while start < len(counts) and counts[start] > 1:
-        longest = counts[start]
-        end = min(len(counts), start + max(1, MAX_OVERLAPS_AT_ONCE // longest ** 2))
-        while 2 * counts[end - 1] < longest:
-            end -= 1
-        some = padded[start:end, :longest]
-        keep[start:end, :longest] = greedy_keep(find_jaccard_overlap(some, some), max_overlap)
-        start = end
-    return keep[row, rank]
+    rows = sorted(rows, key=len, reverse=True)
+    while rows:
+        longest = len(rows[0])
+        batch = [row for row in rows[:max(1, MAX_OVERLAPS_AT_ONCE // longest ** 2)]
+                 if 2 * len(row) >= longest]
+        yield batch
+        rows = rows[len(batch):]    # sorted by length, so the batch was the beginning of the rows
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Annotations and data lists
+# 4. VOC annotations
 #
-# VOC's layout: a folder with JPEGImages, Annotations (an XML file an image) and ImageSets/Main (a
-# text file a split, an image name a line). It is read once, checked, and written as JSON lists.
+# One XML file per image, which lists its objects.
 # --------------------------------------------------------------------------------------------------
-
-# What Pillow raises for a file that it cannot decode.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif')
 
 
 def parse_annotation(annotation_path, label_map):
@@ -341,49 +270,54 @@ def parse_annotation(annotation_path, label_map):
 
     VOC counts pixels from 1 and includes both ends, so `xmin..xmax` becomes the edges
     (xmin - 1, xmax). Nothing is clipped or dropped here. Boxes of an object's parts (head, hand,
-    foot) are not objects. A missing `difficult` means no.
+    foot) are not objects. Objects marked `difficult` (hard to recognize) do not count in
+    evaluation; without a mark they do.
 
     Args:
         annotation_path: the XML file.
-        label_map: class names to numbers; with None the labels stay names.
+        label_map: class names to indices; None to keep the names as labels.
 
     Returns:
         {'boxes': [[x_min, y_min, x_max, y_max], ...] in pixels, 'labels': [...],
         'difficulties': [...]}
 
     Raises:
-        UserError: no such file, malformed XML, a missing or impossible value, an unknown class.
+        UserError: no such file, malformed XML, a missing or invalid value, an unknown class.
     """
-    root = read_xml(annotation_path)
+    return parse_objects(read_xml(annotation_path), annotation_path, label_map)
+
+
+def parse_objects(root, annotation_path, label_map):
+    """Read the objects below the root element of an annotation; see `parse_annotation()`."""
     boxes, labels, difficulties = [], [], []
-    for number, object_ in enumerate(root.findall('object'), 1):
+    for number, obj in enumerate(root.findall('object'), 1):
         where = f'{annotation_path}, object {number}'
-        name = (object_.findtext('name') or '').strip()
+        name = (obj.findtext('name') or '').strip()
         if not name:
             raise UserError(f'{where}: no class name; add <name>...</name>')
         if label_map is not None and (name not in label_map or name == 'background'):
             raise UserError(f'{where}: class {name!r} is none of {sorted(label_map)}; '
                             f'correct it, or add it to the classes')
-        corners = [read_number(object_, f'bndbox/{corner}', where)
-                   for corner in ('xmin', 'ymin', 'xmax', 'ymax')]
-        boxes.append([corners[0] - 1, corners[1] - 1, corners[2], corners[3]])
+        x_min, y_min, x_max, y_max = (read_number(obj, f'bndbox/{corner}', where)
+                                      for corner in ('xmin', 'ymin', 'xmax', 'ymax'))
+        boxes.append([x_min - 1, y_min - 1, x_max, y_max])
         labels.append(name if label_map is None else label_map[name])
-        difficulties.append(bool(read_number(object_, 'difficult', where, default=0)))
+        difficulties.append(bool(read_number(obj, 'difficult', where, default=0)))
     return {'boxes': boxes, 'labels': labels, 'difficulties': difficulties}
 
 
 def read_xml(path):
-    """The root element of an XML file; a UserError if there is none."""
+    """Read the root element of an XML file, or raise a UserError."""
     try:
         return ET.parse(path).getroot()
     except FileNotFoundError as error:
         raise UserError(f'{path}: no such annotation; every image of a split needs one') from error
-    except (ET.ParseError, ValueError, LookupError) as error:  # the last two: of its encoding
+    except (ET.ParseError, ValueError, LookupError) as error:  # the last two: unknown encoding
         raise UserError(f'{path}: malformed XML ({error}); correct or replace it') from error
 
 
 def read_number(element, tag, where, default=None):
-    """The finite number in a tag below an XML element; a UserError if it is none."""
+    """Read the finite number in a tag below an XML element, or raise a UserError."""
     text = element.findtext(tag)
     if text is None and default is not None:
         return default
@@ -396,182 +330,53 @@ def read_number(element, tag, where, default=None):
     return number
 
 
-def read_split(folder, split):
-    """The images of a split, as a list of (annotation path, image path).
+# --------------------------------------------------------------------------------------------------
+# 5. Images
+#
+# An image is a PIL image in RGB, then a uint8 tensor (3, 300, 300), and on the device the
+# normalized floats that the network takes.
+# --------------------------------------------------------------------------------------------------
 
-    A UserError if it is no folder in VOC layout, or has no such split or not all its images.
-    """
-    folder = pathlib.Path(folder)
-    for part in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
-        if not (folder / part).is_dir():
-            raise UserError(f'{folder}: not a folder in VOC layout, it has no {part}; give the '
-                            f'folder that holds JPEGImages, Annotations and ImageSets/Main')
-    list_path = folder / 'ImageSets' / 'Main' / f'{split}.txt'
-    if not list_path.is_file():
-        splits = sorted(path.stem for path in list_path.parent.glob('*.txt'))
-        raise UserError(f'{list_path}: no such split; there are: {", ".join(splits[:20])}')
+INPUT_SIZE = 300    # width and height of the network's input, in pixels
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # red, green, blue
+FILLER = tuple(round(255 * mean) for mean in IMAGENET_MEAN)     # around the image after a zoom-out
 
-    # Of two images with the same name the one whose ending stands first in IMAGE_SUFFIXES counts.
-    paths = [path for path in (folder / 'JPEGImages').resolve().iterdir()
-             if path.suffix.lower() in IMAGE_SUFFIXES]
-    paths.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path), reverse=True)
-    files = {path.stem: path for path in paths}
-    images = []
-    for line in filter(None, map(str.strip, list_path.read_text('utf-8', 'replace').splitlines())):
-        # The lists of a single class have a flag behind the name: '000012 -1'.
-        name = line if line in files else line.split()[0]
-        if name not in files:
-            raise UserError(f'{list_path} names {name!r}, but {folder / "JPEGImages"} has no '
-                            f'image of that name; add it, or take the line out')
-        images.append((folder.resolve() / 'Annotations' / f'{name}.xml', files[name]))
-    return images
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif')
+# What Pillow raises for a file that it cannot decode.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def check_image(path):
-    """Decode all of an image file for its stored width and height, or a BrokenImageError."""
+def read_image(path):
+    """Read an image file as an RGB PIL image, or raise a UserError."""
+    return open_image(path, to_rgb)
+
+
+def read_image_size(path):
+    """Read width and height of an image file from its header, or raise a UserError."""
+    return open_image(path, lambda image: image.size)
+
+
+def open_image(path, function):
+    """Open an image file and apply a function to it; a file that is no image is a UserError."""
     try:
         with Image.open(path) as image:
-            size = image.size
-            image.draft(None, (1, 1))  # an eighth of a JPEG is quicker
-            image.load()
-            return size
+            return function(image)
     except IMAGE_ERRORS as error:
-        raise BrokenImageError(f'{path}: cannot be decoded ({error}); replace it, or leave such '
-                               f'images out with --skip-broken') from error
-
-
-def clean_objects(objects, width, height):
-    """Objects with their boxes clipped to the image, those without area dropped, and counts."""
-    cleaned, done = {'boxes': [], 'labels': [], 'difficulties': []}, Counter()
-    for box, label, difficult in zip(*objects.values()):
-        clipped = [min(max(box[0], 0), width), min(max(box[1], 0), height),
-                   min(max(box[2], 0), width), min(max(box[3], 0), height)]
-        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-            done['boxes without area, dropped'] += 1
-            continue
-        done['boxes past the border, clipped'] += clipped != box
-        done['difficult'] += difficult
-        for values, value in zip(cleaned.values(), (clipped, label, difficult)):
-            values.append(value)
-    done['objects'] = len(cleaned['boxes'])
-    return cleaned, done
-
-
-def read_objects(annotation_path, image_path, label_map, skip_broken):
-    """An image's cleaned objects (None if it is broken and may be), and what was done."""
-    objects = parse_annotation(annotation_path, label_map)
-    try:
-        size = check_image(image_path)
-    except BrokenImageError:
-        if not skip_broken:
-            raise
-        return None, Counter({'broken images, left out': 1})
-    root = read_xml(annotation_path)
-    for tag, actual in zip(('width', 'height'), size):
-        stated = read_number(root, f'size/{tag}', annotation_path, default=0)
-        if stated not in (0, actual):
-            raise UserError(f'{annotation_path}: {tag} {stated:g}, but {image_path} has {actual}; '
-                            f'the boxes are for another image, replace one of the two')
-    return clean_objects(objects, *size)
-
-
-def read_splits(splits, label_map, skip_broken, split_name):
-    """Image paths, objects and a summary of all images in a list of (folder, split)."""
-    images = [image for folder, split in splits for image in read_split(folder, split)]
-    paths, objects, summary = [], [], Counter()
-    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
-    try:
-        results = pool.map(lambda image: read_objects(*image, label_map, skip_broken), images)
-        for (_, path), (found, done) in zip(images, tqdm(results, split_name, len(images))):
-            summary += done
-            if found is None:
-                continue
-            if split_name == 'TRAIN' and not found['boxes']:
-                summary['images without objects, left out'] += 1
-                continue
-            summary['images'] += 1
-            summary['images without objects, kept'] += not found['boxes']
-            paths.append(str(path))
-            objects.append(found)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return paths, objects, +summary
-
-
-def write_data_lists(train_splits, test_splits, output_folder, label_map=None, skip_broken=False):
-    """Read folders in VOC layout and write the lists that training and evaluation read.
-
-    Boxes past the border are clipped, boxes without area dropped, images without objects left out
-    of TRAIN and kept in TEST, where what is found on them is a false positive. Everything is read
-    before anything is written.
-
-    Args:
-        train_splits, test_splits: lists of (folder, split), such as ('VOC2007', 'trainval').
-        output_folder: for TRAIN_images.json, TRAIN_objects.json, TEST_images.json,
-            TEST_objects.json and label_map.json; made if it is not there.
-        label_map: class names to numbers; None for the classes in the annotations, sorted.
-        skip_broken: leave images that cannot be decoded out, instead of stopping at the first.
-
-    Returns:
-        The summary, which is printed too: {'classes': [names], 'TRAIN': {what: count}, 'TEST':
-        {what: count}}.
-    """
-    output_folder = make_folder(output_folder)
-    read = {name: read_splits(splits, label_map, skip_broken, name)
-            for name, splits in (('TRAIN', train_splits), ('TEST', test_splits))}
-    if label_map is None:
-        all_objects = [objects for _, some, _ in read.values() for objects in some]
-        names = sorted({name for objects in all_objects for name in objects['labels']})
-        if 'background' in names:
-            raise UserError("a class of the annotations is named 'background', which stands for "
-                            "no object; rename it")
-        label_map = {'background': 0, **{name: i for i, name in enumerate(names, 1)}}
-        for objects in all_objects:
-            objects['labels'] = [label_map[name] for name in objects['labels']]
-
-    files = {'label_map': label_map}
-    for name, (paths, objects, _) in read.items():
-        files |= {f'{name}_images': paths, f'{name}_objects': objects}
-    with contextlib.ExitStack() as stack:  # none is renamed before all are written
-        for name, content in files.items():
-            path = stack.enter_context(write_beside(output_folder / f'{name}.json'))
-            path.write_text(json.dumps(content), encoding='utf-8')
-
-    classes = [name for name in label_map if name != 'background']
-    for name, (_, _, counts) in read.items():
-        print(f'{name}: {counts["images"]} images, {counts["objects"]} objects')
-        for what in sorted(counts.keys() - {'images', 'objects'}):
-            print(f'    {what}: {counts[what]}')
-    print(f'{len(classes)} classes: {", ".join(classes)}')
-    print(f'written to {output_folder.resolve()}')
-    return {'classes': classes, **{name: dict(counts) for name, (_, _, counts) in read.items()}}
-
-
-def create_data_lists(voc07_path, voc12_path, output_folder):
-    """VOC's own lists: 07 + 12 trainval to TRAIN, 07 test to TEST; see `write_data_lists()`."""
-    train_splits = [(voc07_path, 'trainval'), (voc12_path, 'trainval')]
-    return write_data_lists(train_splits, [(voc07_path, 'test')], output_folder, label_map)
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. Images
-#
-# An image is a PIL image in RGB, then a uint8 tensor (3, 300, 300), and on the device the floats
-# that the network takes. The augmentation stands beside its only caller, the data set.
-# --------------------------------------------------------------------------------------------------
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FILLER = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
-SIDE = 300  # pixels of what the network sees
+        raise UserError(f'{path}: cannot be decoded ({error}); replace it, or run '
+                        f'create_data_lists.py with --skip-broken') from error
 
 
 def to_rgb(image):
-    """An RGB copy of a PIL image of any mode: 16 bits are scaled to 8, transparent is white."""
+    """Convert a PIL image of any mode to a new one in RGB.
+
+    16 bits are scaled to 8, transparent pixels become white.
+    """
     if image.mode.startswith(('I', 'F')):
         has_16_bits = image.mode.startswith('I;16')
         image = image.convert('F')
         highest = image.getextrema()[1]
         scale = 255 / max(highest, 65535) if has_16_bits or highest > 255 else 1
+        # In these modes Pillow accepts functions of the form value * scale + offset alone.
         image = image.point(lambda value: value * scale + 0).convert('L')
     if image.has_transparency_data:
         image = image.convert('RGBA')
@@ -580,89 +385,421 @@ def to_rgb(image):
     return image.convert('RGB') if image.mode != 'RGB' else image.copy()
 
 
-@functools.cache
-def imagenet_constants(device):
-    """ImageNet's mean and std on a device: (3,) each, from 0 to 1."""
-    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).unbind(0)
-
-
 def normalize(images, mean=None, std=None):
-    """Turn uint8 images (..., 3, H, W) into the floats that a network takes.
-
-    A model that was trained with others than ImageNet's constants brings them, see
-    `SSD300.normalize()`.
+    """Convert uint8 images to floats with the mean and std that the network was trained with.
 
     Args:
-        mean, std: (3,) each, of red, green and blue from 0 to 1, on the images' device. None:
-            those of ImageNet, as torchvision's VGG-16 was trained.
+        images: (..., 3, H, W) uint8.
+        mean, std: (3,) tensors on the device of the images, for red, green and blue from 0 to 1;
+            None: those of ImageNet. `SSD300.normalize()` passes those that belong to its weights.
+
+    Returns:
+        (..., 3, H, W) float32.
     """
     if mean is None:
         mean, std = imagenet_constants(images.device)
-    return (images - 255 * mean.view(3, 1, 1)).div_(255 * std.view(3, 1, 1))
+    return (images - 255 * mean.view(3, 1, 1)) / (255 * std.view(3, 1, 1))
 
 
-def __getattr__(name):
-    """`transform` and `calculate_mAP` stand in modules that need the functions of this one."""
-    homes = {'transform': 'datasets', 'calculate_mAP': 'average_precision'}
-    if name in homes:
-        return getattr(importlib.import_module(homes[name]), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+@functools.cache
+def imagenet_constants(device):
+    """ImageNet's mean and std on a device, (3,) each; copied there once and not for each batch."""
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).unbind(0)
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Checkpoints
+# 6. Augmentation
 #
-# A dictionary of tensors, numbers, strings, lists and dictionaries: nothing in it is code.
+# Zoom-out and crop choose a window of the source image: four numbers in its pixels, which may reach
+# beyond its border. The window is warped (resized, whatever its aspect ratio) to 300 x 300 pixels.
+# `sample_...` functions choose windows and colors at random, the others apply them. The image is
+# resampled once, at the end: no enlarged canvas is built, and colors are changed at the final size.
 # --------------------------------------------------------------------------------------------------
 
-
-def save_checkpoint(path, **state):
-    """Write a checkpoint beside its place and rename it: the old one stays until the new is whole.
-
-    Args:
-        path: the file.
-        state: what `load_checkpoint` returns: tensors, state_dicts, numbers, strings, ...
-    """
-    with write_beside(path) as beside, open(beside, 'wb') as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before the name points to it
+# Minimum IoU of a crop and an object (section 2.2 of the paper, "Data augmentation"): None is no
+# crop, 0 is a crop without a minimum.
+CROP_OPTIONS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.)
+CROP_TRIES = 50
 
 
-def download_weights(weights, otherwise):
-    """The state dict of torchvision's `weights`, downloaded once and kept.
+def transform(image, boxes, labels, difficulties, split):
+    """Convert an image and its objects to the network's input, with augmentation in training.
+
+    TRAIN: random colors, zoom-out, crop, flip and warp, drawn from Python's `random`. TEST: the
+    warp alone; no object is dropped.
 
     Args:
-        weights: a member of one of torchvision's enumerations of weights.
-        otherwise: what a person without a network can do, as the end of a sentence.
+        image: PIL image, RGB.
+        boxes, labels, difficulties: (O, 4) in pixels, (O,) int64, (O,) bool.
+        split: 'TRAIN' or 'TEST'.
 
-    Raises:
-        UserError: the weights cannot be had; the message says what to do.
+    Returns:
+        image (3, 300, 300) uint8, boxes (O, 4) in fractions, labels (O,), difficulties (O,).
     """
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:  # of the network, of the disk, or of what is in the file
-        raise UserError(
-            f'the weights could not be loaded from {weights.url} ({type(error).__name__}: '
-            f'{error}); connect to the network, or put the file into '
-            f'{torch.hub.get_dir()}/checkpoints, or {otherwise}') from error
+    assert split in ('TRAIN', 'TEST'), f'split is {split!r}, not TRAIN or TEST'
+    window = (0, 0, *image.size)
+    if split == 'TEST':
+        return (pil_to_tensor(warp(image, window)),
+                boxes / boxes.new_tensor([*image.size, *image.size]), labels, difficulties)
+
+    colors = sample_colors()
+    if random.random() < 0.5:
+        larger = sample_zoom_out(*image.size)
+        # Not if every object would become smaller than a pixel of the result.
+        if len(boxes) == 0 or find_kept_objects(boxes.new_tensor([larger]), boxes).any():
+            window = larger
+    window = sample_crop(window, boxes)
+    boxes, labels, difficulties = crop(boxes, labels, difficulties, window)
+    image = warp(image, window, lambda part: distort(part, **colors))
+    if random.random() < 0.5:
+        image, boxes = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip(boxes)
+    return pil_to_tensor(image), boxes, labels, difficulties
 
 
-def load_checkpoint(path):
-    """The dictionary of a checkpoint, its tensors on the CPU. No code of the file is run.
+def sample_zoom_out(width, height):
+    """Draw a window 1 to 4 times as large as the image, with the image anywhere in it."""
+    zoom = random.uniform(1, 4)
+    left, top = (random.uniform(0, (zoom - 1) * side) for side in (width, height))
+    return (-left, -top, zoom * width - left, zoom * height - top)
 
-    Raises:
-        UserError: no such file, truncated, or written by another program.
+
+def sample_crop(window, boxes):
+    """Draw a part of a window that keeps at least one object (section 2.2 of the paper).
+
+        draw an option of CROP_OPTIONS; None: return the whole window
+        up to 50 times: draw a crop, with sides 0.3 to 1 times the window's and an aspect ratio of
+            0.5 to 2; return it if it keeps an object whose IoU with it reaches the option's minimum
+        else draw another option
+
+    Args:
+        window: (x_min, y_min, x_max, y_max) in pixels of the source image.
+        boxes: (O, 4) in pixels of the source image.
     """
-    if not pathlib.Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint; train one with train.py, or give its path')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # a file that is none raises whatever its bytes happen to mean
-        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
-        raise UserError(f'{path} cannot be read as a checkpoint: truncated, or written by another '
-                        f'program ({reason}); give one that train.py wrote') from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'{path} is not a checkpoint of this program: it holds a '
-                        f'{type(checkpoint).__name__}; give one that train.py wrote')
-    return checkpoint
+    if len(boxes) == 0:
+        return window
+    x_min, y_min, x_max, y_max = window
+    while True:
+        min_overlap = random.choice(CROP_OPTIONS)
+        if min_overlap is None:
+            return window
+        crops = []
+        for _ in range(CROP_TRIES):
+            width = random.uniform(0.3, 1) * (x_max - x_min)
+            height = random.uniform(0.3, 1) * (y_max - y_min)
+            left, top = random.uniform(x_min, x_max - width), random.uniform(y_min, y_max - height)
+            if 0.5 <= width / height <= 2:
+                crops.append((left, top, left + width, top + height))
+        # All crops are checked at once, and the first suitable one is taken.
+        windows = torch.tensor(crops).view(-1, 4)
+        overlaps_enough = find_jaccard_overlap(windows, boxes) >= min_overlap       # (n, O)
+        suitable = (find_kept_objects(windows, boxes) & overlaps_enough).any(dim=1).tolist()
+        if True in suitable:
+            return crops[suitable.index(True)]
+
+
+def find_kept_objects(windows, boxes):
+    """Find the objects that each window keeps.
+
+    The center of an object must be inside, and what is left of it after clipping must have a width
+    and a height of at least one of the 300 pixels.
+
+    Args:
+        windows, boxes: (n, 4) and (O, 4), corners in the same unit.
+
+    Returns:
+        (n, O) bool.
+    """
+    low, high = windows[:, None, :2], windows[:, None, 2:]              # (n, 1, 2)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2                         # (O, 2)
+    sides = torch.minimum(boxes[:, 2:], high) - torch.maximum(boxes[:, :2], low)    # (n, O, 2)
+    kept = (centers > low) & (centers < high) & (sides * INPUT_SIZE >= high - low)
+    return kept.all(dim=2)
+
+
+def crop(boxes, labels, difficulties, window):
+    """Keep the objects of a window, clipped to it, in fractions of it.
+
+    Args:
+        boxes, labels, difficulties: (O, 4) in pixels, (O,), (O,).
+        window: (x_min, y_min, x_max, y_max) in pixels.
+    """
+    window = boxes.new_tensor(window)
+    kept = find_kept_objects(window.unsqueeze(0), boxes).squeeze(0)
+    origin, size = window[:2].repeat(2), (window[2:] - window[:2]).repeat(2)
+    return ((boxes[kept] - origin) / size).clamp(0, 1), labels[kept], difficulties[kept]
+
+
+def flip(boxes):
+    """Mirror boxes (O, 4) left to right, in fractions of the image."""
+    return torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], dim=1)
+
+
+def sample_colors():
+    """Draw the arguments of `distort()`, each change with probability 0.5.
+
+    The ranges are those of the published Caffe code.
+    """
+    return {
+        'brightness': random.choice((0., random.uniform(-32, 32))),
+        'contrast': random.choice((1., random.uniform(0.5, 1.5))),
+        'saturation': random.choice((1., random.uniform(0.5, 1.5))),
+        'hue': random.choice((0., random.uniform(-18, 18))),
+        'contrast_first': random.choice((True, False)),
+    }
+
+
+def distort(image, brightness, contrast, saturation, hue, contrast_first):
+    """Change the colors of an RGB image; returns a new one.
+
+    Args:
+        brightness: added to the levels from 0 to 255.
+        contrast: factor of the levels.
+        saturation: factor.
+        hue: degrees.
+        contrast_first: contrast before saturation and hue, not after.
+    """
+    def lookup_table(change):
+        """A table of 256 levels, for `Image.point`."""
+        return [min(max(round(change(level)), 0), 255) for level in range(256)]
+
+    first = contrast if contrast_first else 1.
+    if brightness != 0 or first != 1:
+        table = lookup_table(lambda level: min(max(level + brightness, 0), 255) * first)
+        image = image.point(table * 3)
+    if saturation != 1 or hue != 0:
+        # Pillow's hue is 0 to 255 for 0 to 360 degrees, so 255 is 0 again.
+        turned = [round(level + hue * 255 / 360) % 255 for level in range(256)]
+        # One table per channel, one after the other: hue, saturation, value (unchanged).
+        table = turned + lookup_table(lambda level: level * saturation) + list(range(256))
+        image = image.convert('HSV').point(table).convert('RGB')
+    if contrast != 1 and not contrast_first:
+        image = image.point(lookup_table(lambda level: level * contrast) * 3)
+    return image
+
+
+def warp(image, window, change=None):
+    """Resize a window of an image to 300 x 300, with a filler where it reaches past the border.
+
+    Args:
+        image: PIL image, RGB.
+        window: (x_min, y_min, x_max, y_max) in its pixels.
+        change: a function that is applied to the part that is image and not filler, at its final
+            size.
+    """
+    # For x and y: `step` source pixels become one pixel of the result, whose pixel i shows the
+    # source from low + i * step to low + (i + 1) * step. From `first` up to `last` (exclusive) this
+    # is within the image; everywhere else the filler is left. A span is that range of the result,
+    # and the range of the source that is resized to it.
+    spans = []
+    for low, high, side in zip(window[:2], window[2:], image.size):
+        step = (high - low) / INPUT_SIZE
+        # 1e-6 against rounding errors: 21 / (21 / 300) is a little less than 300.
+        first = max(0, math.ceil(-low / step - 1e-6))
+        last = min(INPUT_SIZE, math.floor((side - low) / step + 1e-6))
+        spans.append((first, last, max(0., low + first * step), min(side, low + last * step)))
+    (left, right, x_min, x_max), (top, bottom, y_min, y_max) = spans
+    result = Image.new('RGB', (INPUT_SIZE, INPUT_SIZE), FILLER)
+    if left >= right or top >= bottom:
+        return result
+    part = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR,
+                        box=(x_min, y_min, x_max, y_max))
+    part = change(part) if change else part
+    if part.size == result.size:
+        return part
+    result.paste(part, (left, top))
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Mean average precision
+#
+# A detection is a true positive if its IoU with an object of its class is at least 0.5 and no
+# better detection has found that object. As detections are added by falling score, recall rises and
+# precision mostly falls. Average precision (AP) is the mean precision along that curve, mAP the
+# mean of the classes' APs. Objects marked difficult (hard to recognize) count neither way.
+# --------------------------------------------------------------------------------------------------
+
+# How precision over recall becomes one number: 'voc07' averages the precision at the 11 recalls
+# 0, 0.1, ..., 1 (VOC devkit of 2007), 'area' takes the area under the curve (devkits from 2010 on).
+AP_RULES = ('voc07', 'area')
+
+
+def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
+                  label_map, rule='voc07'):
+    """Calculate the average precision (AP) of each class and its mean over the classes (mAP).
+
+    Args:
+        det_boxes, det_labels, det_scores: detections, lists of one tensor per image: (n, 4), (n,),
+            (n,).
+        true_boxes, true_labels, true_difficulties: ground truth, the same: (O, 4), (O,), (O,).
+            Boxes are corners in any unit, the same for both.
+        label_map: class names to class indices, background 0.
+        rule: 'voc07' or 'area', see `AP_RULES`.
+
+    Returns:
+        {class name: AP}, NaN for a class without objects (difficult ones do not count), and the
+        mean of those that are not NaN; NaN if there is none.
+    """
+    matches = match_classes(Detections(det_boxes, det_labels, det_scores),
+                            GroundTruth(true_boxes, true_labels, true_difficulties), label_map)
+    average_precisions = {
+        name: average_precision(match.true_positive, match.false_positive, match.n_objects, rule)
+        for name, match in matches.items()}
+    return average_precisions, nan_mean(average_precisions.values())
+
+
+def nan_mean(values):
+    """Average the numbers that are not NaN; NaN if there is none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+class Detections(NamedTuple):
+    """Detections: lists of one tensor per image."""
+
+    boxes: list     # of (n, 4), corners
+    labels: list    # of (n,) int64
+    scores: list    # of (n,)
+
+
+class GroundTruth(NamedTuple):
+    """Annotated objects: lists of one tensor per image."""
+
+    boxes: list         # of (O, 4), corners in the unit of the detections
+    labels: list        # of (O,) int64
+    difficulties: list  # of (O,) bool
+
+
+class ClassMatches(NamedTuple):
+    """All detections of one class, by falling score, matched to the objects of this class.
+
+    Detections and objects are numbered through all images, as `concatenate_images()` does.
+    """
+
+    detection: torch.Tensor         # (D,) int64, index of the detection
+    score: torch.Tensor             # (D,)
+    true_positive: torch.Tensor     # (D,) bool
+    false_positive: torch.Tensor    # (D,) bool; an ignored detection is neither
+    assigned: torch.Tensor          # (D,) int64, index of the object, -1 if IoU < 0.5
+    n_objects: int                  # difficult ones do not count
+    n_difficult: int
+
+
+def match_classes(detections, ground_truth, label_map):
+    """Match the detections of each class to its ground truth: {class name: ClassMatches}."""
+    n_images = [len(tensors) for tensors in (*detections, *ground_truth)]
+    assert len(set(n_images)) == 1, f'lists of {n_images} images'
+    image, boxes, labels, scores = concatenate_images(*detections)
+    true_image, true_boxes, true_labels, difficult = concatenate_images(*ground_truth)
+    difficult = difficult.bool()
+    matches = {}
+    for name, label in label_map.items():
+        if name == 'background':
+            continue
+        detection = (labels == label).nonzero().flatten()
+        score, order = scores[detection].sort(descending=True, stable=True)
+        detection = detection[order]
+        obj = (true_labels == label).nonzero().flatten()
+        true_positive, false_positive, assigned = match_detections(
+            image[detection], boxes[detection], true_image[obj], true_boxes[obj], difficult[obj])
+        # match_detections() numbers the objects of the class, with len(obj) for none. Look up their
+        # index among all objects; the appended -1 is for none.
+        assigned = torch.cat([obj, obj.new_tensor([-1])])[assigned]
+        n_difficult = int(difficult[obj].sum())
+        matches[name] = ClassMatches(detection, score, true_positive, false_positive, assigned,
+                                     len(obj) - n_difficult, n_difficult)
+    return matches
+
+
+def concatenate_images(boxes, labels, values):
+    """Concatenate lists of one tensor per image, on the CPU.
+
+    Args:
+        boxes, labels, values: lists of (n, 4), (n,), (n,); values are scores or difficulties.
+
+    Returns:
+        image (D,) int64, the index of each row's image, boxes (D, 4), labels (D,), values (D,).
+    """
+    def concatenate(tensors):
+        """Concatenate flattened tensors."""
+        # The empty tensor is for no images at all; of bools, since any other dtype prevails.
+        return torch.cat([torch.zeros(0, dtype=torch.bool),
+                          *(tensor.detach().cpu().flatten() for tensor in tensors)])
+    n_rows = torch.tensor([len(tensor) for tensor in labels], dtype=torch.int64)
+    image = torch.arange(len(n_rows)).repeat_interleave(n_rows)
+    return image, concatenate(boxes).view(-1, 4), concatenate(labels), concatenate(values)
+
+
+def match_detections(image, boxes, true_image, true_boxes, difficult):
+    """Match the detections of one class to its ground truth, as the VOC devkit does.
+
+    The devkit's loop: for each detection, from the highest score to the lowest,
+        find the object of its image with the highest IoU (of equal ones the first);
+        if the IoU is below 0.5: false positive;
+        else if the object is difficult: ignored, neither true nor false positive;
+        else: true positive if it is the first detection of the object, false positive if not.
+
+    Args:
+        image, boxes: (D,), (D, 4), the detections by falling score.
+        true_image, true_boxes, difficult: (T,), (T, 4), (T,), the objects by rising image index.
+
+    Returns:
+        true_positive (D,) bool, false_positive (D,) bool, and the object that each detection is
+        assigned to, (D,) int64, T where the IoU is below 0.5.
+    """
+    n_detections, n_objects = len(image), len(true_image)
+    # All pairs of a detection and an object of the same image, one detection after the other.
+    # Objects are sorted by image, so a detection is paired with the n_pairs objects from `first`
+    # on.
+    first = torch.searchsorted(true_image, image)
+    n_pairs = torch.searchsorted(true_image, image, right=True) - first             # (D,)
+    detection = torch.arange(n_detections).repeat_interleave(n_pairs)               # (pairs,)
+    first_pair = n_pairs.cumsum(0) - n_pairs
+    obj = torch.arange(len(detection)) - first_pair[detection] + first[detection]   # (pairs,)
+
+    # In float64, since rounding must not push an IoU of exactly 0.5 below it.
+    overlap = find_jaccard_overlap(boxes.double()[detection].unsqueeze(1),
+                                   true_boxes.double()[obj].unsqueeze(1)).flatten()  # (pairs,)
+    highest = torch.zeros(n_detections, dtype=torch.float64)
+    highest.scatter_reduce_(0, detection, overlap, 'amax')
+    # Of equal IoUs the first object: the lowest index (amin). The index n_objects means none.
+    candidate = torch.where(overlap == highest[detection], obj, n_objects)
+    assigned = torch.full((n_detections,), n_objects).scatter_reduce_(0, detection, candidate,
+                                                                      'amin')
+    overlaps = highest >= 0.5
+    assigned[~overlaps] = n_objects
+
+    # The first detection of each object is the one of the lowest index.
+    index = torch.arange(n_detections)
+    first_detection = torch.full((n_objects + 1,), n_detections)
+    first_detection.scatter_reduce_(0, assigned, index, 'amin')
+    ignored = torch.cat([difficult, difficult.new_zeros(1)])[assigned]
+    true_positive = overlaps & ~ignored & (first_detection[assigned] == index)
+    return true_positive, ~true_positive & ~ignored, assigned
+
+
+def average_precision(true_positive, false_positive, n_objects, rule='voc07'):
+    """Calculate the average precision of one class; NaN if it has no objects.
+
+    After each detection precision = TP / (TP + FP) and recall = TP / n_objects. The precision at a
+    recall is the highest at that recall or above.
+
+    Args:
+        true_positive, false_positive: (D,) bool, by falling score.
+        n_objects: number of objects, without difficult ones.
+        rule: 'voc07' or 'area', see `AP_RULES`.
+    """
+    assert rule in AP_RULES, f'rule is {rule!r}, none of {AP_RULES}'
+    if n_objects == 0:
+        return math.nan
+    n_true, n_false = true_positive.cumsum(0), false_positive.cumsum(0)
+    precision = n_true.double() / (n_true + n_false).clamp(min=1)
+    highest = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
+    if rule == 'area':
+        # Each true positive adds a step of 1 / n_objects to the recall.
+        return (highest[true_positive].sum() / n_objects).item()
+    # First detection with a recall of at least k / 10, for k = 0 to 10. TP / n_objects >= k / 10
+    # as 10 TP >= k n_objects, in whole numbers: in floating point 0.3 is not 3 times 0.1. A recall
+    # that is not reached has precision 0.
+    reached = torch.searchsorted(10 * n_true, n_objects * torch.arange(11))
+    return torch.cat([highest, highest.new_zeros(1)])[reached].mean().item()

@@ -1,0 +1,1 @@
+"""What the scripts need and a reader of SSD may skip."""

@@ -1,0 +1,300 @@
+"""Videos, frame by frame: read a file or a camera as images, write images together with the sound.
+
+Frames are read one by one, so a video of any length needs the memory of a few frames.
+
+    with VideoReader('clip.mp4') as reader, VideoWriter('copy.mp4', reader) as writer:
+        for frame in reader:
+            writer.write(frame)
+"""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import platform
+from fractions import Fraction
+
+import av
+from PIL import Image
+
+from support.errors import UserError
+from support.images import OUTPUT_VIDEO_SUFFIXES
+
+# FFmpeg's input format for a camera, and the name of the camera with a number.
+CAMERAS = {'Linux': ('v4l2', '/dev/video{}'), 'Darwin': ('avfoundation', '{}'),
+           'Windows': ('vfwcap', '{}')}
+
+# Encoders and their options; the first that FFmpeg was built with is used. crf is the quality: 18
+# is about indistinguishable from the source, +6 halves the file.
+H264 = (('libx264', {'crf': '20', 'preset': 'veryfast'}), ('libopenh264', {}), ('mpeg4', {}))
+VP9 = (('libvpx-vp9', {'crf': '28', 'deadline': 'realtime', 'cpu-used': '6', 'row-mt': '1'}),)
+ENCODERS = {**dict.fromkeys(OUTPUT_VIDEO_SUFFIXES, H264), '.webm': VP9}
+
+# What PyAV raises for files and values that FFmpeg cannot handle.
+AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+
+BT709 = 1               # FFmpeg's number of this color space, its primaries and its transfer curve
+LIMITED_RANGE = 1       # FFmpeg's number of the range 16 to 235, which all players expect
+
+
+@dataclasses.dataclass
+class Frame:
+    """A frame of a video."""
+
+    image: Image.Image      # RGB, upright
+    number: int             # from 0; broken frames are not counted
+    time: float             # seconds from the start of the video
+    duration: float         # seconds, 0 if unknown
+
+
+class VideoReader:
+    """Iterate over the frames of a video file or a camera.
+
+    Attributes:
+        n_frames: number of frames by the file's header, or estimated from its duration; None if
+            unknown.
+        n_broken: number of frames so far that could not be decoded.
+        problem: why the video ended early, or None.
+        audio_packets: packets of sound read so far, not decoded; the writer takes them from here.
+    """
+
+    def __init__(self, source):
+        """Open a file, or the camera with a number (int).
+
+        Raises:
+            UserError: no such file or camera, or it has no frame that can be decoded.
+        """
+        self.n_broken, self.problem, self.audio_packets = 0, None, collections.deque()
+        input_format, name = None, str(source)
+        if isinstance(source, int):
+            input_format, device = CAMERAS.get(platform.system(), CAMERAS['Linux'])
+            name = device.format(source)
+        try:
+            self._open(name, input_format)
+        except AV_ERRORS as error:
+            problem = f'camera {name} cannot be opened' if input_format else 'cannot be read'
+            raise UserError(f'{problem} ({reason_of(error)})') from error
+        except IndexError as error:
+            raise UserError('cannot be read (no picture in it)') from error
+        if self.first is None:
+            self.container.close()
+            raise UserError('cannot be read (none of its frames can be decoded)')
+        width, height = self.first.image.size
+        self.is_rotated = (width, height) == (self.stream.height, self.stream.width) != (
+            height, width)
+
+    def _open(self, name, input_format):
+        """Open the file and decode its first frame."""
+        self.container = av.open(name, format=input_format)
+        self.stream = self.container.streams.video[0]
+        self.stream.thread_type = 'AUTO'
+        self.audio_streams = list(self.container.streams.audio)
+        self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
+        # A camera's clock starts with the machine.
+        self.start = Fraction(self.container.start_time or 0, av.time_base)
+        self.n_frames = self.stream.frames or round(
+            (self.container.duration or 0) / av.time_base * self.rate) or None
+        self.frames = self._read()
+        self.first = next(self.frames, None)
+
+    def __iter__(self):
+        yield self.first
+        yield from self.frames
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.frames.close()
+        self.container.close()
+
+    def _read(self):
+        """Yield frames, and store packets of sound."""
+        number, previous_time = 0, -1 / self.rate
+        for packet in self._packets():
+            for decoded in self._decode(packet):
+                # Some files, and all raw streams, have no presentation times. AVI's are decoding
+                # times.
+                time = previous_time + 1 / self.rate
+                if decoded.pts is not None and self.container.format.name != 'avi':
+                    time = decoded.pts * decoded.time_base - self.start
+                previous_time = time
+                duration = float((decoded.duration or 0) * decoded.time_base)
+                yield Frame(upright_image(decoded), number, float(time), duration)
+                number += 1
+
+    def _packets(self):
+        """Yield the packets of the pictures, and store those of the sound."""
+        packets, end = self.container.demux(self.stream, *self.audio_streams), 0
+        try:
+            for packet in packets:
+                if packet.dts is not None:
+                    end = max(end, (packet.dts + (packet.duration or 0)) * packet.time_base)
+                if packet.stream.type == 'video':
+                    yield packet
+                elif packet.dts is not None:  # the last packet of a stream is an empty one
+                    self.audio_packets.append(packet)
+        except av.FFmpegError as error:
+            self.problem = reason_of(error)
+        # FFmpeg does not report a truncated file, but the headers of these two formats hold the
+        # duration. It is that of all streams, and subtitles may be longer than the pictures.
+        seconds = (self.container.duration or 0) / av.time_base
+        all_read = len(self.container.streams) == 1 + len(self.audio_streams)
+        has_duration = self.container.format.name.startswith(('matroska', 'mov'))
+        if has_duration and all_read and end < min(0.95 * seconds, seconds - 0.5):
+            self.problem = self.problem or f'it should last {seconds:.1f} s'
+
+    def _decode(self, packet):
+        """Decode the intact frames of a packet, and count the others."""
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            self.n_broken += 1
+            return []
+        intact = [frame for frame in frames if not frame.is_corrupt]
+        self.n_broken += len(frames) - len(intact)
+        return intact
+
+
+class VideoWriter:
+    """Write a video file of images at their times, with the sound of a reader, copied unchanged.
+
+    When the block ends, also if it ends early, the file can be played. The frames have the size of
+    the reader's, rounded up to even numbers, since chroma has half the resolution.
+
+    Attributes:
+        note: what of the source is missing, for the user, or None.
+    """
+
+    def __init__(self, path, reader):
+        """Open the file; see `ENCODERS` for the suffixes.
+
+        Raises:
+            UserError: the file, or the format of its suffix, cannot be written.
+        """
+        self.path, self.reader = pathlib.Path(path), reader
+        self.last_pts, self.note = None, None
+        width, height = reader.first.image.size
+        self.size = width + width % 2, height + height % 2
+        try:
+            self._open(reader.audio_streams)
+        except AV_ERRORS as error:
+            if not reader.audio_streams:
+                raise UserError(f'cannot be written ({reason_of(error)})') from error
+            # Not every format can hold every audio codec, and sound is not re-encoded.
+            self.note = f'without its sound, which {self.path.suffix} cannot hold as it is'
+            try:
+                self._open([])
+            except AV_ERRORS as silent_error:
+                raise UserError(f'cannot be written ({reason_of(silent_error)})') from silent_error
+
+    def _open(self, audio_streams):
+        """Open the file and write its header."""
+        encoder, options = choose_encoder(self.path.suffix)
+        self.container = av.open(str(self.path), 'w')
+        try:
+            self._add_video_stream(encoder, options)
+            self.audio_copies = {stream.index: self.container.add_stream_from_template(stream)
+                                 for stream in audio_streams}
+            self.container.start_encoding()
+        except AV_ERRORS:
+            with contextlib.suppress(*AV_ERRORS):
+                self.container.close()
+            raise
+
+    def _add_video_stream(self, encoder, options):
+        """Add the stream of the pictures to the file and set up its encoder."""
+        self.stream = self.container.add_stream(encoder, self.reader.rate, options=options)
+        self.stream.width, self.stream.height = self.size
+        self.stream.pix_fmt = 'yuv420p'
+        context = self.stream.codec_context
+        context.bit_rate = 0  # crf determines it
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
+        pixel_ratio = self.reader.stream.sample_aspect_ratio  # of pixels that are not square
+        if pixel_ratio:
+            context.sample_aspect_ratio = (1 / pixel_ratio if self.reader.is_rotated else
+                                           pixel_ratio)
+        # AVI and MPEG-4 only have a constant frame rate; elsewhere each frame has its own time.
+        constant_rate = self.path.suffix.lower() == '.avi' or encoder == 'mpeg4'
+        self.time_base = 1 / self.reader.rate if constant_rate else self.reader.stream.time_base
+        context.time_base = self.time_base
+        if constant_rate:
+            context.max_b_frames = 0  # AVI has no presentation order
+
+    def write(self, frame):
+        """Write a frame, and the sound that was read before it."""
+        image = frame.image
+        if image.size == self.reader.first.image.size != self.size:
+            # Pads with black on the right and below, so that drawn boxes stay in place.
+            image = image.crop((0, 0, *self.size))
+        picture = av.VideoFrame.from_image(image).reformat(
+            *self.size, format='yuv420p', dst_colorspace='ITU709')
+        # Times must rise, and in a broken file they do not.
+        pts = round(frame.time / self.time_base)
+        if self.last_pts is not None:
+            pts = max(pts, self.last_pts + 1)
+        picture.pts = self.last_pts = pts
+        picture.time_base = self.time_base
+        picture.duration = round(frame.duration / self.time_base)
+        with self._user_errors():
+            self.container.mux(self.stream.encode(picture))
+            self._copy_audio()
+
+    def _copy_audio(self):
+        """Write the packets of sound that the reader has stored."""
+        while self.reader.audio_packets:
+            packet = self.reader.audio_packets.popleft()
+            audio_copy = self.audio_copies.get(packet.stream.index)
+            if audio_copy is None:
+                continue
+            start = round(self.reader.start / packet.time_base)
+            packet.dts -= start
+            packet.pts = packet.dts if packet.pts is None else packet.pts - start
+            packet.stream = audio_copy
+            self.container.mux(packet)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        with self._user_errors() if kind is None else contextlib.suppress(*AV_ERRORS):
+            try:
+                self._copy_audio()
+                self.container.mux(self.stream.encode())  # the frames still in the encoder
+            finally:
+                self.container.close()
+
+    @contextlib.contextmanager
+    def _user_errors(self):
+        """Turn FFmpeg's errors within the block into a UserError."""
+        try:
+            yield
+        except AV_ERRORS as error:
+            raise UserError(f'cannot be written ({reason_of(error)})') from error
+
+
+def upright_image(frame):
+    """Convert a decoded frame to an RGB image, rotated by the angle in its metadata."""
+    image = frame.to_image()
+    # Counterclockwise, as FFmpeg's `rotation`.
+    transposes = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180,
+                  270: Image.Transpose.ROTATE_270}
+    transpose = transposes.get(round(frame.rotation) % 360)
+    return image if transpose is None else image.transpose(transpose)
+
+
+def choose_encoder(suffix):
+    """Return the first encoder for a suffix that FFmpeg was built with, and its options."""
+    encoders = ENCODERS.get(suffix.lower(), ())
+    for name, options in encoders:
+        with contextlib.suppress(ValueError):
+            av.codec.Codec(name, 'w')
+            return name, options
+    names = ', '.join(name for name, _ in encoders) or 'an encoder'
+    raise UserError(f'{suffix} needs {names}; use another of {" ".join(ENCODERS)}')
+
+
+def reason_of(error):
+    """Return FFmpeg's message without its number and the name of the file."""
+    return getattr(error, 'strerror', None) or str(error)

@@ -1,0 +1,1 @@
+"""What is run beside the tutorial: python -m tools.NAME"""
