@@ -1,49 +1,58 @@
-"""What the tests share: a folder in VOC layout to order, and the real sample data where it is."""
+"""Fixtures that several test files use."""
 
 import os
 import pathlib
-import sys
+import threading
 
 import pytest
 import torch
 from PIL import Image
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Every test starts from the same random numbers."""
+    """Start every test with the same random numbers."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session')
 def sample_data():
-    """The folder of real images with boxes; tests that need it are skipped where it is unset."""
+    """Return the folder of real annotated images; skip the test where it is not given."""
     folder = os.environ.get('SSD_SAMPLE_DATA')
     if not folder:
         pytest.skip('SSD_SAMPLE_DATA is not set')
     return pathlib.Path(folder).resolve()
 
 
-def annotation(objects, size=(64, 48)):
-    """VOC's XML for objects given as (name, (xmin, ymin, xmax, ymax)[, difficult])."""
-    parts = [f'<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>']
-    for name, box, *difficult in objects:
-        corners = ''.join(f'<{tag}>{value}</{tag}>'
-                          for tag, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
-        flag = f'<difficult>{int(difficult[0])}</difficult>' if difficult else ''
-        parts.append(f'<object><name>{name}</name>{flag}<bndbox>{corners}</bndbox></object>')
-    return ''.join(parts) + '</annotation>'
+# --------------------------------------------------------------------------------------------------
+# Data in VOC layout
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def annotation():
+    """Return a function that writes objects as the XML of a VOC annotation.
+
+    Objects are (name, (xmin, ymin, xmax, ymax)[, difficult]).
+    """
+    def make(objects, size=(64, 48)):
+        parts = [f'<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>']
+        for name, box, *difficult in objects:
+            corners = ''.join(f'<{tag}>{value}</{tag}>'
+                              for tag, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
+            flag = f'<difficult>{int(difficult[0])}</difficult>' if difficult else ''
+            parts.append(f'<object><name>{name}</name>{flag}<bndbox>{corners}</bndbox></object>')
+        return ''.join(parts) + '</annotation>'
+    return make
 
 
 @pytest.fixture
-def make_voc(tmp_path):
-    """A function that writes a folder in VOC layout.
+def make_voc(tmp_path, annotation):
+    """Return a function that writes a folder in VOC layout.
 
-    `make_voc({'train': {'a': [('cat', (1, 1, 10, 10))]}})` makes split `train` with image a.jpg;
-    returns the folder.
+    `make_voc({'train': {'a': [('cat', (1, 1, 10, 10))]}})` writes the split `train` with the image
+    a.jpg, and returns the folder.
     """
     def make(splits, name='voc', size=(64, 48)):
         root = tmp_path / name
@@ -59,11 +68,86 @@ def make_voc(tmp_path):
     return make
 
 
-def overlap_of(box, other):
-    """Jaccard overlap of two boxes, as a beginner writes it."""
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.
-    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
-    return width * height / (areas - width * height)
+# --------------------------------------------------------------------------------------------------
+# Boxes
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def overlap_of():
+    """Return a function that computes the Jaccard overlap of two boxes, number by number."""
+    def overlap(box, other):
+        width = min(box[2], other[2]) - max(box[0], other[0])
+        height = min(box[3], other[3]) - max(box[1], other[1])
+        if width <= 0 or height <= 0:
+            return 0.
+        areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
+        return width * height / (areas - width * height)
+    return overlap
+
+
+# --------------------------------------------------------------------------------------------------
+# Operations that wait for a GPU
+# --------------------------------------------------------------------------------------------------
+
+
+class WaitRecorder(TorchDispatchMode):
+    """Record what would make the CPU wait for a GPU: whatever needs the values of a tensor.
+
+    Attributes:
+        waits: names of these operations, and of methods such as `Tensor.tolist` that on a CPU need
+            no operation.
+        n_calls: number of all operations.
+    """
+
+    OPERATIONS = {
+        '_local_scalar_dense', 'item', 'equal', 'is_nonzero', 'nonzero', 'masked_select',
+        'bincount', '_unique', '_unique2', 'unique_consecutive', 'unique_dim',
+        'lift_fresh',   # copies a Python number to the GPU: x[i] = 0, torch.tensor(0)
+    }
+    METHODS = ('item', 'cpu', 'tolist', 'numpy', '__array__', '__bool__', '__float__', '__int__',
+               '__index__')
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.n_calls = [], 0
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        thread = threading.get_ident()
+        for name in self.METHODS:
+            original = getattr(torch.Tensor, name)
+
+            def method(tensor, *args, name=name, original=original, **kwargs):
+                if threading.get_ident() == thread:     # not in a thread that loads data
+                    self.waits.append(f'Tensor.{name}')
+                return original(tensor, *args, **kwargs)
+            self.patch.setattr(torch.Tensor, name, method)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = str(func).split('.')[1]      # 'index_put_' of 'aten.index_put_.default'
+        # The number of values that a mask selects, and the length of a repeated tensor.
+        by_mask = 'index' in name and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for indices in args if isinstance(indices, (list, tuple)) for index in indices)
+        of_unknown_length = (str(func) == 'aten.repeat_interleave.Tensor'
+                             and kwargs.get('output_size') is None)
+        if name in self.OPERATIONS or by_mask or of_unknown_length:
+            self.waits.append(str(func))
+        self.n_calls += 1
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def record_waits():
+    """Return the class of recorders: `with record_waits() as recorder: ...; recorder.waits == []`.
+
+    Code of the block that runs in other threads is not recorded.
+    """
+    return WaitRecorder

@@ -1,43 +1,37 @@
-"""`detect()`, `predict()` and the command line, with a model that finds what the test wants."""
+"""`detect()`, `predict()` and the command line, with a model whose detections the test chooses."""
 
 import doctest
 import io
 import json
+import pathlib
 import signal
 
 import av
 import pytest
 import torch
 from PIL import Image, ImageOps
-from test_video import make_video
 
 import detect as detect_module
-from detect import Parameters, choose_outputs, detect, draw_objects, main, predict
-from files import expand_inputs
+from detect import Parameters, detect, main, predict
 from model import SSD300
-from utils import (
-    UserError,
-    cxcy_to_gcxgcy,
-    distinct_colors,
-    label_map,
-    save_checkpoint,
-    xy_to_cxcy,
-)
+from support.checkpoints import save_checkpoint
+from support.errors import UserError
+from utils import cxcy_to_gcxgcy, distinct_colors, label_map, xy_to_cxcy
 
 THRESHOLDS = {'min_score': 0.2, 'max_overlap': 0.5, 'top_k': 200}
 
 
 class FixedModel(SSD300):
-    """Finds the given objects (label number, box in fractions, logit) on every image."""
+    """Detects the given objects (label, box in fractions, logit) in every image."""
 
     def __init__(self, objects, n_classes=21):
         super().__init__(n_classes)
         self.objects = objects
-        self.seen = None
+        self.batches = []   # of images that the model was given
         self.eval()
 
     def forward(self, image):
-        self.seen = image
+        self.batches.append(image)
         locs = torch.zeros(len(image), 8732, 4)
         scores = torch.zeros(len(image), 8732, self.n_classes)
         scores[..., 0] = 10.
@@ -49,9 +43,45 @@ class FixedModel(SSD300):
 
 
 @pytest.fixture(scope='module')
-def model():
+def fixed_model():
+    """A dog, and with a lower score a cat."""
     return FixedModel([(label_map['dog'], [.1, .2, .5, .6], 20.),
                        (label_map['cat'], [.5, .5, .9, 1.], 12.)])
+
+
+@pytest.fixture
+def model(fixed_model):
+    """The model above, without the batches of other tests."""
+    fixed_model.batches.clear()
+    return fixed_model
+
+
+@pytest.fixture
+def empty_cache():
+    """The default model is not loaded before the test, nor after it."""
+    detect_module.default_model.cache_clear()
+    yield
+    detect_module.default_model.cache_clear()
+
+
+@pytest.fixture
+def default_checkpoint(model, empty_cache, monkeypatch, tmp_path):
+    """A working folder in which the default checkpoint is that of the model above."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SSD300, 'from_checkpoint', lambda path: model)
+    pathlib.Path(Parameters.checkpoint).touch()
+
+
+@pytest.fixture(scope='module')
+def real_checkpoint(tmp_path_factory):
+    """A checkpoint of random weights for the classes cat and dog."""
+    path = tmp_path_factory.mktemp('checkpoint') / 'model.pth.tar'
+    save_checkpoint(path, model=SSD300(3).state_dict(),
+                    label_map={'background': 0, 'cat': 1, 'dog': 2})
+    return path
+
+
+# --- predict() and detect() ---
 
 
 def test_prediction_is_in_pixels_of_each_image(model):
@@ -64,17 +94,16 @@ def test_prediction_is_in_pixels_of_each_image(model):
         assert prediction['scores'].shape == (2,) and prediction['scores'][0] > 0.99
 
 
-def test_many_images_are_predicted_in_batches(model, monkeypatch):
-    monkeypatch.setattr(detect_module, 'BATCH_SIZE', 2)
+def test_many_images_are_predicted_in_batches(model):
     images = [Image.new('RGB', (10 * width, 50)) for width in range(1, 6)]
-    predictions = predict(images, **THRESHOLDS, model=model)
-    assert len(model.seen) == 1 and len(predictions) == 5
+    predictions = predict(images, **THRESHOLDS, model=model, batch_size=2)
+    assert [len(batch) for batch in model.batches] == [2, 2, 1] and len(predictions) == 5
     for image, prediction in zip(images, predictions):
-        alone, = predict([image], **THRESHOLDS, model=model)
-        assert torch.equal(prediction['boxes'], alone['boxes'])
+        single, = predict([image], **THRESHOLDS, model=model)
+        assert torch.equal(prediction['boxes'], single['boxes'])
 
 
-def test_nothing_found_is_empty(model):
+def test_image_without_detections_gives_empty_tensors(model):
     prediction, = predict([Image.new('RGB', (30, 30))], min_score=1., max_overlap=.5, top_k=200,
                           model=model)
     assert prediction['boxes'].shape == (0, 4) and prediction['scores'].shape == (0,)
@@ -83,7 +112,7 @@ def test_nothing_found_is_empty(model):
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'YCbCr', 'I;16', 'I', 'F'])
-def test_any_mode_is_annotated_and_left_alone(model, mode):
+def test_image_of_any_mode_is_annotated_and_not_changed(model, mode):
     image = Image.new(mode, (120, 80))
     before = image.tobytes()
     annotated = detect(image, **THRESHOLDS, model=model)
@@ -92,15 +121,15 @@ def test_any_mode_is_annotated_and_left_alone(model, mode):
     assert annotated is not image and len(annotated.getcolors(maxcolors=10_000)) > 1
 
 
-@pytest.mark.parametrize('size', [(1, 1), (8, 3), (40, 40), (3000, 200), (1500, 2000)])
-def test_any_size_is_annotated(model, size):
+@pytest.mark.parametrize('size', [(1, 1), (8, 3), (40, 40), (2000, 100), (700, 900)])
+def test_image_of_any_size_is_annotated(model, size):
     annotated = detect(Image.new('RGB', size, 'gray'), **THRESHOLDS, model=model)
     assert annotated.size == size
     assert annotated.tobytes() != Image.new('RGB', size, 'gray').tobytes()
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_exif_orientation_is_respected_and_not_handed_on(model, orientation):
+def test_exif_orientation_is_respected_and_not_copied(model, orientation):
     image = Image.new('RGB', (200, 100), 'white')
     image.paste('black', (0, 0, 100, 50))
     exif = image.getexif()
@@ -114,9 +143,8 @@ def test_exif_orientation_is_respected_and_not_handed_on(model, orientation):
     width, height = upright.size
     assert torch.allclose(prediction['boxes'][0] / torch.tensor([width, height, width, height]),
                           torch.tensor([.1, .2, .5, .6]), atol=1e-4)
-    seen_upright = model.seen.clone()
     predict([upright], **THRESHOLDS, model=model)
-    assert torch.equal(seen_upright, model.seen)
+    assert torch.equal(*model.batches)
 
     annotated = detect(photo, **THRESHOLDS, model=model)
     assert annotated.size == upright.size
@@ -136,18 +164,7 @@ def test_suppressed_classes_are_not_drawn(model):
         detect(image, **THRESHOLDS, suppress=['unicorn'], model=model)
 
 
-def test_labels_stay_inside_the_image():
-    image = Image.new('RGB', (300, 200))
-    prediction = {'boxes': torch.tensor([[250., 0, 300, 40], [0., 150, 30, 200]]),
-                  'labels': ['diningtable', 'tvmonitor'], 'scores': torch.tensor([.9, .8])}
-    draw_objects(image, prediction, dict.fromkeys(prediction['labels'], '#ff0000'), ())
-    larger = Image.new('RGB', (500, 400))
-    draw_objects(larger, prediction, dict.fromkeys(prediction['labels'], '#ff0000'), ())
-    width = 12 * 10  # of a label, about
-    assert image.crop((300 - width, 0, 250, 8)).getextrema()[0][1] == 255, 'moved to the left'
-
-
-def test_every_class_has_a_colour_of_its_own():
+def test_every_class_has_a_different_color():
     many = {'background': 0, **{f'class {i}': i for i in range(1, 81)}}
     for names in (label_map, many):
         colors = distinct_colors(names)
@@ -155,23 +172,19 @@ def test_every_class_has_a_colour_of_its_own():
         assert all(len(color) == 7 and color[0] == '#' for color in colors.values())
 
 
-def test_default_model_is_loaded_once(model, monkeypatch, tmp_path):
-    loaded = []
-
-    def load(path):
-        loaded.append(path)
-        return model
-
-    monkeypatch.setattr(detect_module.SSD300, 'from_checkpoint', load)
-    detect_module.default_model.cache_clear()
-    for _ in range(2):
-        detect(Image.new('RGB', (20, 20)), **THRESHOLDS)
-        predict([Image.new('RGB', (20, 20))], **THRESHOLDS)
-    detect_module.default_model.cache_clear()
-    assert loaded == ['./checkpoint_ssd300.pth.tar']
+def test_default_model_is_loaded_once(real_checkpoint, empty_cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = pathlib.Path(Parameters.checkpoint)
+    checkpoint.symlink_to(real_checkpoint)
+    image = Image.new('RGB', (20, 20))
+    assert detect(image, min_score=1., max_overlap=.5, top_k=1).size == (20, 20)
+    checkpoint.unlink()
+    checkpoint.write_bytes(b'no checkpoint')
+    prediction, = predict([image], min_score=1.)
+    assert prediction['labels'] == []
 
 
-def test_only_some_classes_count_and_leave_room_for_each_other(model):
+def test_other_classes_take_no_place_among_the_best(model):
     image = Image.new('RGB', (200, 100), 'gray')
     prediction, = predict([image], top_k=1, model=model, classes=['cat', 'cow'])
     assert prediction['labels'] == ['cat'] and prediction['boxes'].shape == (1, 4)
@@ -183,15 +196,11 @@ def test_only_some_classes_count_and_leave_room_for_each_other(model):
         predict([image], model=model, classes=['unicorn'])
 
 
-def test_the_example_of_the_docstring_runs(model, monkeypatch, tmp_path):
+def test_docstring_example_runs(default_checkpoint, monkeypatch):
     shown = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(detect_module.SSD300, 'from_checkpoint', lambda path: model)
     monkeypatch.setattr(Image.Image, 'show', lambda image: shown.append(image))
     Image.new('RGB', (60, 40)).save('photo.jpg')
-    detect_module.default_model.cache_clear()
     result = doctest.testmod(detect_module)
-    detect_module.default_model.cache_clear()
     assert result.attempted == 6 and result.failed == 0 and shown[0].size == (60, 40)
 
 
@@ -199,11 +208,8 @@ def test_the_example_of_the_docstring_runs(model, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def run(model, monkeypatch, tmp_path):
+def run(default_checkpoint):
     """A function that runs the script in an empty folder; returns the exit status."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(detect_module.SSD300, 'from_checkpoint', lambda path: model)
-
     def run_main(*inputs, **parameters):
         try:
             main(Parameters(inputs=inputs, device='cpu', **{'batch_size': 4} | parameters))
@@ -213,7 +219,24 @@ def run(model, monkeypatch, tmp_path):
     return run_main
 
 
-def test_folders_patterns_and_standard_input(run, tmp_path, capsys, monkeypatch):
+def make_clip(path, n_frames=12, with_sound=False):
+    """Write a gray video of 25 frames per second and 64 x 48 pixels."""
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
+        audio = container.add_stream('aac', rate=48000) if with_sound else None
+        for _ in range(n_frames):
+            frame = av.VideoFrame.from_image(Image.new('RGB', (64, 48), 'gray'))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if with_sound:
+            samples = av.AudioFrame.from_ndarray(torch.zeros(1, 1024).numpy(), 'fltp', 'mono')
+            samples.sample_rate = 48000
+            container.mux(audio.encode(samples))
+            container.mux(audio.encode())
+
+
+def test_folders_patterns_and_standard_input_are_annotated(run, tmp_path, capsys, monkeypatch):
     for name in ('a/x.png', 'a/deep/y.jpg', 'b/x.png', 'b/z.bmp'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (60 + len(name), 40)).save(name)
@@ -233,19 +256,19 @@ def test_folders_patterns_and_standard_input(run, tmp_path, capsys, monkeypatch)
     assert rows[1]['boxes'][0] == pytest.approx([6.7, 8, 33.5, 24], abs=0.01)
 
 
-def test_one_broken_image_among_many(run, tmp_path, capsys):
+def test_broken_image_among_many_is_skipped(run, tmp_path, capsys):
     (tmp_path / 'in').mkdir()
     for number in range(30):
         Image.new('RGB', (30, 20)).save(tmp_path / 'in' / f'{number}.png')
     (tmp_path / 'in' / '7.png').write_bytes(b'no image')
     assert run('in', json='found.json', classes=('cat',)) == 1
     error = capsys.readouterr().err
-    assert error.count('passed over') == 1 and 'in/7.png: cannot be read' in error
+    assert error.count('skipped') == 1 and 'in/7.png: cannot be read' in error
     rows = json.loads((tmp_path / 'found.json').read_text())
     assert len(rows) == 29 and all(row['labels'] == ['cat'] for row in rows)
 
 
-def test_a_slip_in_a_class_is_told_before_anything_is_written(run, tmp_path, capsys):
+def test_user_errors_are_reported_before_anything_is_written(run, tmp_path, capsys):
     Image.new('RGB', (60, 40)).save('photo.png')
     assert run('photo.png', classes=('unicorn',)) == 1
     assert 'unicorn' in capsys.readouterr().err and not (tmp_path / 'detections').exists()
@@ -253,8 +276,8 @@ def test_a_slip_in_a_class_is_told_before_anything_is_written(run, tmp_path, cap
     assert 'would be replaced' in capsys.readouterr().err
 
 
-def test_a_video_is_annotated_and_reported(run, tmp_path):
-    make_video(tmp_path / 'clip.mp4', sound='aac')
+def test_video_is_annotated_and_reported(run, tmp_path):
+    make_clip('clip.mp4', with_sound=True)
     assert run('clip.mp4', output='new/out.mkv', json='found.json') == 0
     assert [path.name for path in (tmp_path / 'new').iterdir()] == ['out.mkv']
     with av.open('new/out.mkv') as container:
@@ -267,9 +290,9 @@ def test_a_video_is_annotated_and_reported(run, tmp_path):
     assert rows[0]['labels'] == ['dog', 'cat']
 
 
-def test_good_videos_are_annotated_when_others_are_broken(run, tmp_path, capsys):
-    make_video(tmp_path / 'clip.mp4')
-    make_video(tmp_path / 'clip.mkv')
+def test_broken_videos_are_skipped(run, tmp_path, capsys):
+    make_clip('clip.mp4')
+    make_clip('clip.mkv')
     Image.new('RGB', (60, 40)).save('clip.png')
     (tmp_path / 'broken.mp4').write_bytes(b'no video')
     assert run('broken.mp4', 'clip.mp4', 'clip.png', 'clip.mkv', '99') == 1
@@ -280,24 +303,22 @@ def test_good_videos_are_annotated_when_others_are_broken(run, tmp_path, capsys)
         'clip.mkv', 'clip.mp4', 'clip.png']
 
 
-def test_a_video_is_no_image(run, tmp_path, capsys):
-    make_video(tmp_path / 'clip.mp4', 2)
+def test_video_cannot_be_written_as_an_image(run, tmp_path, capsys):
+    make_clip('clip.mp4', 2)
     for output in ('a.png', 'a.wmv'):
         assert run('clip.mp4', output=output) == 1
         assert f'cannot be written as {output[1:]}' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name, status', [('clip.mp4', 1), ('0', 0)])
-def test_ctrl_c_finishes_the_file(run, model, tmp_path, capsys, monkeypatch, name, status):
-    """An ordinary end for a camera, which a file stands for here."""
-    make_video(tmp_path / 'clip.mp4', 40)
+def test_ctrl_c_finishes_the_video(run, model, tmp_path, capsys, monkeypatch, name, status):
+    """For a camera, in place of which a file is read here, it is the usual way to stop."""
+    make_clip('clip.mp4', 40)
     reader = detect_module.VideoReader
     monkeypatch.setattr(detect_module, 'VideoReader', lambda source: reader('clip.mp4'))
-    seen = []
 
     def forward(image):
-        seen.append(len(image))
-        if len(seen) == 3:
+        if len(model.batches) == 2:
             signal.raise_signal(signal.SIGINT)
         return FixedModel.forward(model, image)
 
@@ -311,47 +332,37 @@ def test_ctrl_c_finishes_the_file(run, model, tmp_path, capsys, monkeypatch, nam
     assert ('interrupted' in capsys.readouterr().err) == bool(status)
 
 
-def test_each_input_counts_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / '[a]').mkdir()
-    for name in ('[a]/1.jpg', '3'):
-        (tmp_path / name).write_bytes(b'')
-    assert expand_inputs(['[a]/1.jpg', '[a]', '3', '4', 'missing.jpg']) == (
-        ['[a]/1.jpg', '3', '4', 'missing.jpg'], [])
+def test_ctrl_c_finishes_the_batch_of_images(run, model, tmp_path, capsys, monkeypatch):
+    def forward(image):
+        signal.raise_signal(signal.SIGINT)
+        return FixedModel.forward(model, image)
+
+    monkeypatch.setattr(model, 'forward', forward)
+    for number in range(6):
+        Image.new('RGB', (30, 20)).save(f'{number}.png')
+    assert run('*.png', json='found.json') == 1
+    assert sorted(path.name for path in (tmp_path / 'detections').iterdir()) == [
+        '0.png', '1.png', '2.png', '3.png']
+    assert len(json.loads((tmp_path / 'found.json').read_text())) == 4
+    assert 'interrupted' in capsys.readouterr().err
 
 
-def test_outputs_are_files_or_go_into_a_folder(tmp_path):
-    folder = tmp_path / 'out'
-    assert choose_outputs(['a.jpg'], tmp_path / 'new' / 'b.PNG') == [tmp_path / 'new' / 'b.PNG']
-    assert choose_outputs(['x/a.jpg', 'y/a.jpg', 'y/b.xyz'], folder) == [
-        folder / 'a.jpg', folder / 'a_2.jpg', folder / 'b.png']
-    assert choose_outputs(['a.jpg'], folder) == [folder / 'a.jpg']
-    (tmp_path / 'folder.png').mkdir()
-    assert choose_outputs(['a.jpg'], tmp_path / 'folder.png') == [tmp_path / 'folder.png' / 'a.jpg']
-
-
-def test_an_input_is_never_replaced(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_checkpoint('model.pth', model=SSD300(2).state_dict(), label_map={'background': 0, 'a': 1})
+def test_input_is_never_replaced(run, tmp_path, capsys):
     Image.new('RGB', (60, 40)).save('photo.png')
     before = (tmp_path / 'photo.png').read_bytes()
     for output in ('.', 'photo.png', str(tmp_path)):
-        with pytest.raises(SystemExit):
-            main(Parameters(inputs=('photo.png',), checkpoint='model.pth', output=output,
-                            device='cpu'))
+        assert run('photo.png', output=output) == 1
         assert 'would be replaced' in capsys.readouterr().err
     assert (tmp_path / 'photo.png').read_bytes() == before
 
 
-def test_good_inputs_are_annotated_when_others_are_broken(tmp_path, capsys, monkeypatch):
+def test_broken_inputs_are_skipped(real_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_checkpoint('model.pth', model=SSD300(3).state_dict(),
-                    label_map={'background': 0, 'cat': 1, 'dog': 2})
     Image.new('L', (60, 40)).save('gray.png')
     (tmp_path / 'broken.jpg').write_bytes(b'no image')
     with pytest.raises(SystemExit) as stop:
-        main(Parameters(inputs=('broken.jpg', 'gray.png', 'missing.jpg'), checkpoint='model.pth',
-                        output='out', device='cpu'))
+        main(Parameters(inputs=('broken.jpg', 'gray.png', 'missing.jpg'),
+                        checkpoint=str(real_checkpoint), output='out', device='cpu'))
     assert stop.value.code == 1
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['gray.png']
     error = capsys.readouterr().err

@@ -1,51 +1,51 @@
-"""README.md: its Python runs and prints what it says, and all that it names is there.
+"""Test that the README fits the code: its Python runs, what it names exists, its links resolve.
 
-In a Python block, what a line that begins with `print(` prints stands behind it as a comment, or in
-the comment line below. The blocks run in order in one namespace, in a folder with the files that
-they open: photo.jpg, and checkpoints of random weights.
+In a Python block the output of a line that begins with `print(` follows it as a comment. The blocks
+run in order in one namespace, in a folder with the files that they open: photo.jpg, and checkpoints
+of random weights. Names and options are read from the source, without importing it.
 """
 
-import builtins
-import dataclasses
-import importlib
-import inspect
+import ast
+import os
+import pathlib
 import re
 import shlex
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 from torch import nn
 
 import detect
-from model import SSD300
-from utils import label_map, save_checkpoint
+from model import FEATURE_MAPS, N_PRIORS, SSD300
+from support.checkpoints import save_checkpoint
+from utils import label_map
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
-FENCED = re.compile(r'^( *)```(\w*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r'<!--.*?-->', '', FENCED.sub('', TEXT), flags=re.DOTALL)
-MODULES = {path.stem: importlib.import_module(path.stem) for path in ROOT.glob('*.py')
-           if path.stem != 'benchmark'}
+FENCED_BLOCK = re.compile(r'^( *)```(\w*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
+PROSE = FENCED_BLOCK.sub('', TEXT)
+IN_BACKTICKS = re.findall(r'`([^`\n]+)`', PROSE)
 
-# Names in backticks that are other programs', or parts of files and messages.
-OTHERS = {'log.csv', 'SIGTERM', 'avx512_bf16', 'ceil_mode', 'label_map.json', 'torch.load'}
-TORCHRUN = {'--nproc-per-node', '--nnodes', '--rdzv-backend', '--rdzv-endpoint', '--standalone',
-            '--node-rank', '--master-addr', '--master-port'}
+# Python files by their path in the repository, without suffix: 'train', 'tools/shapes'.
+SOURCES = {path.relative_to(ROOT).with_suffix('').as_posix(): ast.parse(path.read_text('utf-8'))
+           for folder in ('', 'support', 'tools') for path in (ROOT / folder).glob('*.py')}
+
+# Names in backticks of other programs, and parts of files and messages.
+OTHERS = {'ceil_mode', 'avx512_bf16'}
+FILES_OF_USERS = {'trainval.txt', 'test.txt'}
+TORCHRUN_OPTIONS = {'--nproc-per-node', '--nnodes', '--rdzv-backend', '--rdzv-endpoint'}
+
+
+@pytest.fixture(scope='module')
+def model():
+    """An SSD300 of VOC's classes with random weights."""
+    return SSD300(len(label_map))
 
 
 def blocks(language):
-    """The fenced blocks of a language, without the indentation of a list."""
+    """Return the fenced blocks of a language, without the indentation of a list."""
     return [''.join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
-            for indent, kind, body in FENCED.findall(TEXT) if kind == language]
-
-
-def options_of(script):
-    """The flags of a script, from its Parameters."""
-    options = {'--help'}
-    for field in dataclasses.fields(importlib.import_module(script.removesuffix('.py')).Parameters):
-        name = field.name.replace('_', '-')
-        options |= {f'--{name}'} | ({f'--no-{name}'} if isinstance(field.default, bool) else set())
-    return options
+            for indent, kind, body in FENCED_BLOCK.findall(TEXT) if kind == language]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,139 +53,158 @@ def options_of(script):
 # --------------------------------------------------------------------------------------------------
 
 
-def promised_lines(block):
-    """What the lines with `print(` promise, in order."""
-    promised, lines = [], block.splitlines()
-    for number, line in enumerate(lines):
-        if line.startswith('print('):
-            comment = line.rpartition('  # ')[2] if '  # ' in line else lines[number + 1][2:]
-            promised.append(comment.strip())
-    return promised
+def expected_output(block):
+    """Return the comments that follow the `print(` lines of a block."""
+    return [line.rpartition('  # ')[2].strip() for line in block.splitlines()
+            if line.startswith('print(')]
 
 
-def test_python_blocks_print_what_they_say(tmp_path, monkeypatch, capsys):
+def test_python_blocks_print_their_comments(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Image.Image, 'show', lambda image, *args: None)
     Image.effect_noise((120, 90), 80).convert('RGB').save('photo.jpg')
-    for name in set(re.findall(r"[\w./]+\.pth\.tar", TEXT)):
-        if '/' not in name:
-            save_checkpoint(name, model=SSD300(21).state_dict(), label_map=label_map)
+    save_checkpoint('random.pth.tar', model=model.state_dict(), label_map=label_map)
+    for name in set(re.findall(r'[\w.]+\.pth\.tar', TEXT)):
+        os.link('random.pth.tar', name)
     detect.default_model.cache_clear()
     namespace = {}
     python = blocks('python')
     assert len(python) > 10
     for block in python:
         exec(compile(block, 'README.md', 'exec'), namespace)
-        printed = capsys.readouterr().out.splitlines()
-        assert printed == promised_lines(block)
+        assert capsys.readouterr().out.splitlines() == expected_output(block), block
     detect.default_model.cache_clear()
 
 
-def test_shell_blocks_name_scripts_options_and_targets_that_are_there():
+def parameters_of(source):
+    """Return the command-line options of a script, from its class `Parameters`."""
+    options = {'--help'}
+    for node in SOURCES[source].body:
+        if isinstance(node, ast.ClassDef) and node.name == 'Parameters':
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign):
+                    name = field.target.id.replace('_', '-')
+                    options.add(f'--{name}')
+                    if ast.unparse(field.annotation) == 'bool':
+                        options.add(f'--no-{name}')
+    return options
+
+
+def find_script(words):
+    """Return index and source of the script that a command runs, or None."""
+    for index, word in enumerate(words):
+        if word.endswith('.py'):
+            return index, word.removesuffix('.py')
+        if word == '-m' and words[index + 1].startswith('tools.'):
+            return index + 1, words[index + 1].replace('.', '/')
+    return None
+
+
+def command_lines():
+    """Return the words of each command in the shell blocks, and of commands in backticks."""
+    lines = [line for block in blocks('bash') for line in block.splitlines()]
+    lines += [code for code in IN_BACKTICKS if code.startswith(('python ', 'make '))]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_commands_name_scripts_and_options_that_exist():
+    commands = [(words, *script) for words in command_lines() if (script := find_script(words))]
+    assert len(commands) > 10
+    for words, index, source in commands:
+        assert source in SOURCES, words
+        for part, allowed in ((words[:index], TORCHRUN_OPTIONS),
+                              (words[index:], parameters_of(source))):
+            options = {word.partition('=')[0] for word in part if word.startswith('--')}
+            assert options <= allowed, f'{words}: {options - allowed}'
+
+
+def test_make_targets_exist():
     targets = set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
-    n_commands = 0
-    for block in blocks('bash'):
-        for line in block.replace('\\\n', ' ').splitlines():
-            words = shlex.split(line, comments=True)
-            if 'make' in words[:1]:
-                assert set(words[1:words.index('&&') if '&&' in words else None]) <= targets, line
-            scripts = [word for word in words if word.endswith('.py')]
-            for word in scripts[:1]:
-                n_commands += 1
-                assert (ROOT / word).is_file(), line
-                place = words.index(word)
-                for part, allowed in ((words[:place], TORCHRUN),
-                                      (words[place:], options_of(word))):
-                    flags = {word.partition('=')[0] for word in part if word.startswith('--')}
-                    assert flags <= allowed, f'{line}: {flags - allowed}'
-    assert n_commands > 10
+    named = {words[1] for words in command_lines() if words[0] == 'make' and len(words) > 1}
+    assert named
+    assert named <= targets
 
 
 # --------------------------------------------------------------------------------------------------
-# Names
+# Names in backticks
 # --------------------------------------------------------------------------------------------------
 
 
-def all_names():
-    """What the code defines: names of modules, classes and functions; and of anything else.
-
-    The second set has layers, parameters, arguments and variables.
-    """
-    defined, names = set(dir(builtins)) | set(MODULES), set()
-    model = SSD300(2)
-    names |= {part for name, _ in model.named_modules() for part in name.split('.')}
-    names |= {name.split('.')[-1] for name in (*model.state_dict(), *dict(model.named_buffers()))}
-    for module_name, module in MODULES.items():
-        for name, value in vars(module).items():
-            defined |= {name, f'{module_name}.{name}'}
-            functions = {name: value}
-            if inspect.isclass(value) and value.__module__ == module_name:
-                defined |= {f'{name}.{attribute}' for attribute in dir(value)}
-                defined |= set(dir(value)) - set(dir(nn.Module))
-                functions = vars(value)
-                if dataclasses.is_dataclass(value):
-                    names |= {field.name for field in dataclasses.fields(value)}
-            for function in functions.values():
-                function = inspect.unwrap(getattr(function, '__func__', function))
-                if inspect.isfunction(function):
-                    names |= set(inspect.signature(function).parameters)
-                    names |= set(function.__code__.co_varnames)
-    return defined, defined | names
+def defined_names():
+    """Return functions and classes: `train`, `train.train`, `SSD300`, `SSD300.forward`, ..."""
+    names = set()
+    for source, tree in SOURCES.items():
+        module = source.rpartition('/')[2]
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names |= {node.name, f'{module}.{node.name}'}
+            if isinstance(node, ast.ClassDef):
+                methods = [child.name for child in node.body if isinstance(child, ast.FunctionDef)]
+                names |= {f'{node.name}.{method}' for method in methods} | set(methods)
+    return names
 
 
-def test_names_in_backticks_are_there():
-    defined, known = all_names()
-    known |= OTHERS
-    every_option = set().union(*(options_of(f'{name}.py') for name in (*MODULES, 'benchmark')
-                                 if hasattr(importlib.import_module(name), 'Parameters')))
-    codes = re.findall(r'`([^`\n]+)`', PROSE)
-    checked = 0
-    for code in codes:
-        first = code.split()[0]
+def all_identifiers():
+    """Return every identifier of the source: variables, attributes, arguments, fields, modules."""
+    names = {source.rpartition('/')[2] for source in SOURCES}
+    for node in (node for tree in SOURCES.values() for node in ast.walk(tree)):
+        for field in ('id', 'attr', 'arg', 'name'):
+            names.add(getattr(node, field, None))
+    return names
+
+
+def test_names_in_backticks_exist():
+    defined = defined_names()
+    known = defined | all_identifiers() | OTHERS
+    n_checked = 0
+    for code in IN_BACKTICKS:
         call = re.fullmatch(r'([A-Za-z_][\w.]*)\(.*\)', code)
-        if re.fullmatch(r'[\w/]+\.(py|md|txt)', first):
-            assert (ROOT / first).is_file() or first in ('trainval.txt', 'test.txt'), code
+        if re.fullmatch(r'[\w/]+\.(py|md|txt)', code):
+            exists = code in FILES_OF_USERS or (ROOT / code).is_file()
         elif call:
-            assert call[1] in defined, code
-        elif re.fullmatch(r'[A-Za-z_]\w*\.[A-Za-z_]\w*', code) and code.split('.')[0] in known:
-            assert code in known, code
-        elif re.fullmatch(r'[a-z]+(_[a-z0-9]+)+|[A-Z][a-z]+[A-Z]\w+|[A-Z]+_[A-Z_]+|_[a-z]+', code):
-            assert code in known or code.startswith('_'), code
+            exists = call[1] in defined
+        elif re.fullmatch(r'[A-Za-z_]\w*\.[a-z_]+', code) and code.split('.')[0] in defined:
+            exists = code in defined
+        elif re.fullmatch(r'[a-z]+(_[a-z0-9]+)+|[A-Z][a-z]+[A-Z]\w+|[A-Z]+_[A-Z_]+', code):
+            exists = code in known
         else:
             continue
-        checked += 1
-    assert checked > 60
-    for code in codes:
-        for option in re.findall(r'(?<!\S)--[a-z][\w-]*', code):
-            assert option in every_option | TORCHRUN or code.startswith('tensorboard'), code
+        assert exists, code
+        n_checked += 1
+    assert n_checked > 60
 
 
-def test_code_named_with_its_file_is_in_that_file():
-    # "`evaluate()` in `eval.py`", the way the text points to a place
+def test_options_in_backticks_exist():
+    options = TORCHRUN_OPTIONS.union(*(parameters_of(source) for source in SOURCES))
+    named = {option for code in IN_BACKTICKS if not code.startswith('tensorboard')
+             for option in re.findall(r'(?<!\S)--[a-z][\w-]*', code)}
+    assert named
+    assert named <= options
+
+
+def test_names_are_in_the_file_given_with_them():
+    # "`evaluate()` in `eval.py`"
     places = re.findall(r'`(\w+)(?:\(\))?`\s+in\s+`(\w+)\.py`', PROSE)
     assert places
-    for name, module in places:
-        assert hasattr(MODULES[module], name), f'{name} in {module}.py'
+    for name, source in places:
+        top_level = {getattr(target, 'id', None) for node in SOURCES[source].body
+                     if isinstance(node, ast.Assign) for target in node.targets}
+        top_level |= {getattr(node, 'name', None) for node in SOURCES[source].body}
+        assert name in top_level, f'{name} in {source}.py'
 
 
 # --------------------------------------------------------------------------------------------------
-# Links and pictures
+# Links, pictures, tables
 # --------------------------------------------------------------------------------------------------
 
 
 def anchors():
-    """The anchors of the headings, by GitHub's rule."""
-    found = []
-    for heading in re.findall(r'^#{1,6} (.+)$', FENCED.sub('', TEXT), re.MULTILINE):
-        heading = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', heading).strip().lower()
-        anchor = re.sub(r'[^\w\- ]', '', heading).replace(' ', '-')
-        number = sum(re.fullmatch(rf'{re.escape(anchor)}(-\d+)?', other) is not None
-                     for other in found)
-        found.append(f'{anchor}-{number}' if number else anchor)
-    return found
+    """Return the anchors that GitHub gives to the headings."""
+    headings = re.findall(r'^#{1,6} (.+)$', PROSE, re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-def test_links_lead_somewhere():
+def test_links_resolve():
     links = re.findall(r'(?<!!)\[[^]]+\]\(([^)\s]+)\)', PROSE)
     assert len(links) > 20
     for link in links:
@@ -196,51 +215,39 @@ def test_links_lead_somewhere():
             assert (ROOT / path).exists(), link
 
 
-PICTURES = re.findall(r'!\[([^]]*)\]\(([^)\s]+)\)', PROSE)
+def test_pictures_exist_and_have_an_alternative_text():
+    pictures = re.findall(r'!\[([^]]*)\]\(([^)\s]+)\)', PROSE)
+    assert pictures
+    for text, path in pictures:
+        assert len(text) > 20, path
+        with Image.open(ROOT / path) as picture:
+            picture.verify()
 
 
-@pytest.mark.parametrize('text, path', PICTURES, ids=[path for _, path in PICTURES])
-def test_picture_is_there_and_has_a_text(text, path):
-    assert len(text) > 20
-    assert (ROOT / path).is_file(), f'{path} is missing'
-    with Image.open(ROOT / path) as picture:
-        picture.verify()
-
-
-def test_sections_of_the_tutorial_stand_in_their_order():
-    titles = re.findall(r'^##? (.+)$', FENCED.sub('', TEXT), re.MULTILINE)
-    order = ['What it scores and costs', 'Two commands', 'The idea', 'Boxes', 'Jaccard overlap',
-             'Base, auxiliary and prediction convolutions', 'Priors',
-             'Predictions vis-a-vis priors', 'Matching', 'MultiBox loss', 'Detection',
-             'Data and augmentation', 'Training', 'Mean average precision', 'Past SSD300',
-             'Using it', 'Differences from the paper', 'Questions and answers']
-    assert [title for title in titles if title in order] == order
-
-
-def test_numbers_of_the_priors_table_are_the_codes():
-    from model import FEATURE_MAPS, N_PRIORS
-
+def test_table_of_priors_is_that_of_the_code():
     table = TEXT.partition('\n## Priors\n')[2].partition('\n## ')[0]
-    for map_ in FEATURE_MAPS:
-        n_priors = map_.size ** 2 * map_.n_priors_per_cell
-        row = next(line for line in table.splitlines() if line.startswith(f'| {map_.name} |'))
-        cells = [cell.strip() for cell in row.strip('|').split('|')]
-        assert cells[1] == f'{map_.size} x {map_.size}' and float(cells[2]) == map_.scale
-        assert cells[4:] == [str(map_.n_priors_per_cell), str(n_priors)]
+    for feature_map in FEATURE_MAPS:
+        row = re.search(rf'^\| {feature_map.name} \|(.*)\|$', table, re.MULTILINE)[1]
+        size, scale, _, per_cell, n_priors = (cell.strip() for cell in row.split('|'))
+        assert size == f'{feature_map.size} x {feature_map.size}'
+        assert float(scale) == feature_map.scale
+        assert int(per_cell) == feature_map.n_priors_per_cell
+        assert int(n_priors) == feature_map.size ** 2 * feature_map.n_priors_per_cell
     assert f'**{N_PRIORS}**' in table
 
 
-def test_receptive_fields_are_those_of_the_layers():
-    model, side, step, fields = SSD300(2), 1, 1, {}
+def test_receptive_fields_are_those_of_the_layers(model):
+    field, step, fields = 1, 1, {}
     for name, layer in (*model.base.named_children(), *model.aux_convs.named_children()):
         kernel, stride, dilation = (
-            value if isinstance(value, int) else value[0]
+            value[0] if isinstance(value, tuple) else value
             for value in (layer.kernel_size, layer.stride, layer.dilation))
-        side += (kernel - 1) * dilation * step
+        field += (kernel - 1) * dilation * step
         step *= stride
-        fields[name] = (side, side + 2 * step)    # of a cell, and of a 3 x 3 kernel on it
-    table = TEXT.partition('**What each map sees.**')[2].partition('\n\n**')[0]
+        if isinstance(layer, nn.Conv2d):
+            fields[name] = field, field + 2 * step      # of a cell, and of a 3x3 kernel on it
+    table = TEXT.partition('receptive field |')[2].partition('\n\n')[0]
     rows = re.findall(r'^\| (conv\w+) .* (\d+) \| (\d+) \|$', table, re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == len(FEATURE_MAPS)
     for name, of_cell, of_kernel in rows:
         assert (int(of_cell), int(of_kernel)) == fields[name]

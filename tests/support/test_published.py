@@ -1,7 +1,8 @@
-"""Published weights: what a converted network finds is what the original finds.
+"""Published weights: a converted network gives the outputs and detections of the original.
 
-torchvision's own code is at hand. Of the other two programs the tests write the forward pass and
-the priors down anew, slowly, after their sources. All weights are random; nothing is downloaded.
+torchvision's SSD300 itself is the reference. For the other two programs the reference is the
+forward pass and the priors as their sources have them, written out below. All weights are random;
+nothing is downloaded.
 """
 
 import io
@@ -10,6 +11,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import sys
 import types
 import zipfile
@@ -21,19 +23,22 @@ from PIL import Image
 from torch import nn
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd as torchvision_ssd, ssd300_vgg16
 
-import detect as detect_module
-import published
+import detect
 import train
 import utils
-from model import SSD300, VGGBase
-from published import coco_label_map, start_from_coco
+from create_data_lists import write_data_lists
+from model import FEATURE_MAPS, SSD300, VGGBase
+from support import published
+from support.checkpoints import save_checkpoint
+from support.errors import UserError, make_folder
+from support.published import coco_label_map, download_coco, spread_priors, start_from_coco
 
 WEIGHTS = SSD300_VGG16_Weights.COCO_V1
 
 
 @pytest.fixture(scope='module')
 def photos():
-    """Two images (3, 300, 300) uint8: real ones where they are at hand, else a drawn scene."""
+    """Two images (3, 300, 300) uint8: of the sample data if there is any, else drawn ones."""
     folder = pathlib.Path(os.environ.get('SSD_SAMPLE_DATA', 'nowhere')) / 'voc-sample' / 'VOC2007'
     paths = sorted((folder / 'JPEGImages').glob('*.jpg'))[:2]
     if paths:
@@ -43,14 +48,14 @@ def photos():
     rows, columns = torch.meshgrid(torch.arange(300), torch.arange(300), indexing='ij')
     waves = [128 + 100 * torch.sin(rows / a) * torch.cos(columns / b)
              for a, b in ((9, 17), (31, 5), (50, 50), (4, 60), (13, 8), (70, 21))]
-    # The noise keeps places that look alike from equal scores, whose order is open.
+    # Without noise, equal patches would get equal scores, whose order is undefined.
     noise = torch.randint(0, 20, (6, 300, 300), generator=torch.Generator().manual_seed(0))
     return list((torch.stack(waves) + noise).to(torch.uint8).view(2, 3, 300, 300))
 
 
 @pytest.fixture(scope='module')
-def torchvisions():
-    """torchvision's SSD300, random, its boxes near their priors as those of a trained one are."""
+def torchvision_model():
+    """torchvision's SSD300 with random weights, small for offsets as after training."""
     torch.manual_seed(1)
     network = ssd300_vgg16(weights=None, weights_backbone=None).eval()
     with torch.no_grad():
@@ -64,49 +69,76 @@ def torchvisions():
 
 
 @pytest.fixture(scope='module')
-def converted(torchvisions, tmp_path_factory):
-    """The same network by way of a file."""
+def converted(torchvision_model, tmp_path_factory):
+    """The same network, loaded from a file."""
     path = tmp_path_factory.mktemp('torchvision') / 'ssd300_vgg16_coco.pth'
-    torch.save(torchvisions.state_dict(), path)
+    torch.save(torchvision_model.state_dict(), path)
     return SSD300.from_checkpoint(path)
 
 
 @pytest.fixture
-def downloads(torchvisions, monkeypatch):
-    """The published weights are the random ones; a list of how often they were asked for."""
-    asked = []
+def downloads(torchvision_model, monkeypatch):
+    """Replace the download by the random weights; a list of the calls' keyword arguments."""
+    calls = []
 
     def get_state_dict(weights, *args, **kwargs):
         assert weights is WEIGHTS
-        asked.append(kwargs)
-        return torchvisions.state_dict()
+        calls.append(kwargs)
+        return torchvision_model.state_dict()
 
     monkeypatch.setattr(type(WEIGHTS), 'get_state_dict', get_state_dict)
-    return asked
+    return calls
+
+
+# --- layer names and feature maps ---
+
+
+def test_layer_names_are_those_of_ssd300():
+    with torch.device('meta'):
+        convs = [name for name, layer in SSD300(2).named_modules() if isinstance(layer, nn.Conv2d)]
+    head = published.LOC_CONVS + published.CLASS_CONVS
+    assert convs == [*published.BASE_CONVS, *published.AUX_CONVS, *head]
+    assert len(published.BASE_CONVS) == 15 and len(published.AUX_CONVS) == 8 and len(head) == 12
+
+
+def test_feature_maps_are_those_of_ssd300():
+    pairs = list(zip(published.PUBLISHED_MAPS, FEATURE_MAPS, strict=True))
+    for theirs, ours in pairs:
+        assert (theirs.name, theirs.size) == (ours.name, ours.size)
+        assert theirs.n_priors_per_cell == ours.n_priors_per_cell
+    assert [theirs.n_priors_per_cell for theirs, _ in pairs] == [4, 6, 6, 6, 4, 4]
+
+
+def test_priors_are_spread_row_by_row():
+    priors_cxcy = spread_priors([(0.1, 0.2), (0.3, 0.4)], n_cells=2, cells_across=1.6)
+    x = y = 0.5 / 1.6, 1.5 / 1.6
+    expected = [[x[j], y[i], *size] for i in (0, 1) for j in (0, 1)
+                for size in ((0.1, 0.2), (0.3, 0.4))]
+    assert torch.allclose(priors_cxcy, torch.tensor(expected))
 
 
 # --- torchvision ---
 
 
 @torch.no_grad()
-def test_torchvisions_network_gives_the_same_output(torchvisions, converted, photos):
+def test_torchvision_gives_the_same_output(torchvision_model, converted, photos):
     for photo in photos:
-        images, _ = torchvisions.transform([photo / 255])
-        maps = list(torchvisions.backbone(images.tensors).values())
-        expected = torchvisions.head(maps)
+        images, _ = torchvision_model.transform([photo / 255])
+        maps = list(torchvision_model.backbone(images.tensors).values())
+        expected = torchvision_model.head(maps)
         locs, scores = converted(converted.normalize(photo.unsqueeze(0)))
         assert torch.allclose(locs, expected['bbox_regression'], atol=1e-4)
         assert torch.allclose(scores, expected['cls_logits'], atol=1e-4)
-        priors = torchvisions.anchor_generator(images, maps)[0] / 300
+        priors = torchvision_model.anchor_generator(images, maps)[0] / 300
         assert torch.allclose(utils.cxcy_to_xy(converted.priors_cxcy), priors, atol=1e-6)
 
 
 @torch.no_grad()
-def test_torchvisions_network_finds_the_same_objects(torchvisions, converted, photos, monkeypatch):
-    # torchvision clips boxes before the suppression, this program after it.
+def test_torchvision_detects_the_same_objects(torchvision_model, converted, photos, monkeypatch):
+    # torchvision clips boxes before non-maximum suppression, this program after it.
     monkeypatch.setattr(torchvision_ssd.box_ops, 'clip_boxes_to_image', lambda boxes, size: boxes)
     for photo in photos:
-        expected, = torchvisions([photo / 255])
+        expected, = torchvision_model([photo / 255])
         predictions = converted(converted.normalize(photo.unsqueeze(0)))
         (boxes,), (labels,), (scores,) = converted.detect_objects(*predictions, 0.01, 0.45, 200)
         assert len(boxes) == 200 and len(labels.unique()) > 10 and boxes.std() > 0.1
@@ -115,7 +147,7 @@ def test_torchvisions_network_finds_the_same_objects(torchvisions, converted, ph
         assert torch.allclose(boxes, (expected['boxes'] / 300).clamp(0, 1), atol=1e-4)
 
 
-def test_coco_has_its_names_each_once(converted):
+def test_coco_label_map_names_each_index_once(converted):
     names, labels = WEIGHTS.meta['categories'], converted.label_map
     assert list(labels.values()) == list(range(91)) and list(labels)[0] == 'background'
     for name, number in labels.items():
@@ -123,16 +155,26 @@ def test_coco_has_its_names_each_once(converted):
     assert labels['person'] == 1 and labels['dining table'] == names.index('dining table')
 
 
-def test_torchvisions_network_of_other_classes_has_numbers(tmp_path):
-    state = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=3).state_dict()
+def test_torchvision_model_of_other_classes_gets_numbered_names(tmp_path):
+    with torch.device('meta'):
+        network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=3)
+    state = {name: torch.zeros(()).expand(tensor.shape)
+             for name, tensor in network.state_dict().items()}
     torch.save(state, tmp_path / 'three.pth')
     labels = SSD300.from_checkpoint(tmp_path / 'three.pth').label_map
     assert labels == {'background': 0, 'class 1': 1, 'class 2': 2}
 
 
+def test_downloaded_coco_checkpoint_makes_the_same_model(downloads, converted):
+    model = SSD300.from_state(download_coco('...'))
+    assert model.label_map == converted.label_map and not model.training
+    expected = converted.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
 # --- ssd.pytorch ---
 
-# Of the layers: channels in and out, size of the kernel.
+# Per layer: channels in, channels out, kernel size (3 unless given).
 VGG = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256),
        14: (256, 256), 17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512),
        26: (512, 512), 28: (512, 512), 31: (512, 1024), 33: (1024, 1024, 1)}
@@ -142,7 +184,7 @@ HEADS = tuple(zip((512, 1024, 512, 256, 256, 256), (4, 6, 6, 6, 4, 4)))
 
 
 def random_convolution(in_channels, out_channels, kernel=3):
-    """Weight and bias that keep the size of what goes through, as random ones do not."""
+    """Random weight and bias that preserve the magnitude of activations (He et al., 2015)."""
     weight = torch.randn(out_channels, in_channels, kernel, kernel)
     return weight * math.sqrt(2 / (in_channels * kernel ** 2)), 0.1 * torch.randn(out_channels)
 
@@ -160,13 +202,13 @@ def ssd_pytorch_state(n_classes=21):
 
 
 def ssd_pytorch_forward(state, x):
-    """forward() of ssd.py, its lists of layers written out by number."""
+    """forward() of its ssd.py, layers named by number."""
     def layer(name, x, **options):
         return F.conv2d(x, state[f'{name}.weight'], state[f'{name}.bias'], **options)
 
     sources = []
     for number in VGG:
-        if number in (5, 10, 17, 24, 31):   # a pooling stands before these
+        if number in (5, 10, 17, 24, 31):   # these follow a pooling layer
             pooling = {17: {'kernel_size': 2, 'ceil_mode': True},
                        31: {'kernel_size': 3, 'stride': 1, 'padding': 1}}
             x = F.max_pool2d(x, **pooling.get(number, {'kernel_size': 2}))
@@ -187,7 +229,7 @@ def ssd_pytorch_forward(state, x):
 
 
 def ssd_pytorch_priors():
-    """forward() of layers/functions/prior_box.py with the numbers of data/config.py."""
+    """forward() of its layers/functions/prior_box.py with the constants of data/config.py."""
     mean = []
     for size, step, least, most, ratios in zip(
             (38, 19, 10, 5, 3, 1), (8, 16, 32, 64, 100, 300), (30, 60, 111, 162, 213, 264),
@@ -203,12 +245,12 @@ def ssd_pytorch_priors():
 
 
 @torch.no_grad()
-def test_ssd_pytorchs_weights_give_its_output(photos, tmp_path):
+def test_ssd_pytorch_weights_give_its_output(photos, tmp_path):
     state = ssd_pytorch_state()
     torch.save(state, tmp_path / 'ssd300_mAP_77.43_v2.pth', _use_new_zipfile_serialization=False)
     model = SSD300.from_checkpoint(tmp_path / 'ssd300_mAP_77.43_v2.pth')
     for photo in photos:
-        # OpenCV's BGR, less the mean, then turned to RGB (BaseTransform, VOCDetection)
+        # OpenCV's BGR minus the mean, then RGB (BaseTransform, VOCDetection)
         x = (photo.flip(0) - torch.tensor([104., 117., 123.]).view(3, 1, 1)).flip(0).unsqueeze(0)
         locs, scores = ssd_pytorch_forward(state, x)
         assert scores.std() > 0.1
@@ -239,7 +281,7 @@ class Part(nn.Module):
 
 @pytest.fixture
 def tutorial(monkeypatch):
-    """A module `tutorial_model` with the tutorial's classes, and a network made of them."""
+    """A network of the tutorial's classes, which are those of a fake module `tutorial_model`."""
     fake = types.ModuleType('tutorial_model')
     for name in ('SSD300', 'VGGBase', 'AuxiliaryConvolutions', 'PredictionConvolutions'):
         setattr(fake, name, type(name, (Part,), {'__module__': 'tutorial_model'}))
@@ -254,7 +296,7 @@ def tutorial(monkeypatch):
     network.pred_convs = fake.PredictionConvolutions(heads)
     network.rescale_factors = nn.Parameter(20 * torch.rand(1, 512, 1, 1))
     network.n_classes = 21
-    network.priors_cxcy = tutorial_priors()     # neither a parameter nor a buffer there
+    network.priors_cxcy = tutorial_priors()     # an attribute, not a buffer
     return network
 
 
@@ -275,7 +317,7 @@ def tutorial_priors():
 
 
 def as_ssd_pytorch(network):
-    """The tutorial's weights under ssd.pytorch's names; the two differ in nothing else."""
+    """The tutorial's weights under ssd.pytorch's names; their layers are the same."""
     state, theirs = network.state_dict(), {'rescale_factors': 'L2Norm.weight'}
     auxiliary = [name for name, _ in network.aux_convs.named_children()]
     pairs = [(f'base.{name}', f'vgg.{number}') for name, number in zip(NAMES, VGG)]
@@ -289,14 +331,14 @@ def as_ssd_pytorch(network):
 @pytest.mark.filterwarnings('ignore:Couldn.t retrieve source code')
 @pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])
 @torch.no_grad()
-def test_the_tutorials_module_gives_its_output(tutorial, photos, tmp_path, monkeypatch, is_zip):
+def test_tutorial_module_gives_its_output(tutorial, photos, tmp_path, monkeypatch, is_zip):
     optimizer = torch.optim.SGD(tutorial.parameters(), lr=1e-3, momentum=0.9)
     for parameter in (tutorial.rescale_factors, tutorial.base.conv1_1.bias):
         optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     path = tmp_path / 'checkpoint_ssd300.pth.tar'
     torch.save({'epoch': 231, 'model': tutorial, 'optimizer': optimizer}, path,
                _use_new_zipfile_serialization=is_zip)
-    monkeypatch.delitem(sys.modules, 'tutorial_model')     # its code is not there any more
+    monkeypatch.delitem(sys.modules, 'tutorial_model')     # without its code
     monkeypatch.setattr(torch.jit, 'load', None)
 
     model = SSD300.from_checkpoint(path)
@@ -312,11 +354,11 @@ def test_the_tutorials_module_gives_its_output(tutorial, photos, tmp_path, monke
     assert model.label_map == utils.label_map
 
 
-# --- files that are not to be trusted ---
+# --- untrusted files ---
 
 
 class Calls:
-    """Pickles to a call."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -325,24 +367,24 @@ class Calls:
         return self.call
 
 
-def evils(marker):
-    """Objects whose pickles would write the file `marker`, by different ways."""
+def malicious_objects(marker):
+    """Objects whose pickles would run code, where possible to create `marker`."""
     touch = f'open({str(marker)!r}, "w")'
     return {'system': Calls(os.system, f'touch {marker}'), 'eval': Calls(eval, touch),
             'exec': Calls(exec, touch), 'open': Calls(open, str(marker), 'w'),
             'import': Calls(__import__, 'antigravity'), 'getattr': Calls(getattr, 'a', 'upper'),
             'jit': Calls(torch.jit.load, 'x'), 'load': Calls(torch.load, 'x'),
-            'ours': Calls(utils.make_folder, str(marker))}
+            'project': Calls(make_folder, str(marker))}
 
 
 @pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])
-@pytest.mark.parametrize('name', evils('x'))
-def test_code_in_a_file_is_refused(tmp_path, name, is_zip):
-    marker, path = tmp_path / 'marker', tmp_path / 'evil.pth'
+@pytest.mark.parametrize('name', malicious_objects('x'))
+def test_code_in_a_file_is_refused_without_running_it(tmp_path, name, is_zip):
+    marker, path = tmp_path / 'marker', tmp_path / 'malicious.pth'
     layer = nn.Conv2d(1, 1, 1)
-    layer.trap = evils(marker)[name]
+    layer.extra = malicious_objects(marker)[name]
     torch.save({'model': layer}, path, _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(utils.UserError, match='evil.pth holds code, which is not run'):
+    with pytest.raises(UserError, match='malicious.pth holds code, which is not run'):
         SSD300.from_checkpoint(path)
     assert not marker.exists()
 
@@ -351,20 +393,21 @@ def test_code_in_a_file_is_refused(tmp_path, name, is_zip):
     b'\x80\x02ctorch._utils\n_rebuild_parameter\n}X\x01\x00\x00\x00aK\x01sb.',
     b'\x80\x02ccollections\nOrderedDict\n(N}X\x01\x00\x00\x00aK\x01stb.',
     b'\x80\x02ctorch.nn.modules.conv\nConv2d\n(N}X\x08\x00\x00\x00__call__K\x01stb.',
-    b'\x80\x02ctorch.nn.functional\nrelu\nK\x01\x85R.'], ids=['function', 'type', 'Inert', 'call'])
-def test_what_reads_a_pickle_cannot_be_changed_by_it(code):
-    before = dict(vars(published.Inert))
+    b'\x80\x02ctorch.nn.functional\nrelu\nK\x01\x85R.',
+], ids=['function', 'type', 'ModuleState', 'call'])
+def test_pickle_cannot_change_its_unpickler(code):
+    before = dict(vars(published.ModuleState))
     with pytest.raises((pickle.UnpicklingError, TypeError)):
-        published.TensorReader(io.BytesIO(code)).load()
-    assert dict(vars(published.Inert)) == before
+        published.RestrictedUnpickler(io.BytesIO(code)).load()
+    assert dict(vars(published.ModuleState)) == before
 
 
-def test_a_scripted_network_is_refused_unrun(tmp_path, monkeypatch):
+def test_torchscript_archive_is_refused_without_running_it(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.jit, 'load', None)
     with zipfile.ZipFile(tmp_path / 'scripted.pth', 'w') as archive:
         archive.writestr('scripted/constants.pkl', b'\x80\x02).')
         archive.writestr('scripted/data.pkl', b'\x80\x02}.')
-    with pytest.raises(utils.UserError, match='scripted.pth'):
+    with pytest.raises(UserError, match='scripted.pth'):
         SSD300.from_checkpoint(tmp_path / 'scripted.pth')
 
 
@@ -376,44 +419,44 @@ def test_a_scripted_network_is_refused_unrun(tmp_path, monkeypatch):
     lambda state: {**state, 'vgg.0.bias': torch.ones(5)},
     lambda state: {**state, 'conf.0.bias': 4}], ids=['more layers', 'no bias', 'no factors', 'name',
                                                      'shape', 'no tensor'])
-def test_a_network_of_other_layers_is_named(tmp_path, content):
-    state = {name: tensor.new_zeros(()).expand(tensor.shape)    # a number a tensor on the disk
+def test_network_of_other_layers_is_a_user_error(tmp_path, content):
+    state = {name: tensor.new_zeros(()).expand(tensor.shape)    # small files
              for name, tensor in ssd_pytorch_state(2).items()}
     torch.save(content(state), tmp_path / 'other.pth')
-    with pytest.raises(utils.UserError, match='other.pth'):
+    with pytest.raises(UserError, match='other.pth'):
         SSD300.from_checkpoint(tmp_path / 'other.pth')
 
 
 @pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])
-def test_a_torn_module_is_no_checkpoint(tmp_path, is_zip):
-    path = tmp_path / 'torn.pth'
+def test_truncated_module_is_a_user_error(tmp_path, is_zip):
+    path = tmp_path / 'module.pth'
     torch.save({'model': nn.Conv2d(8, 8, 3)}, path, _use_new_zipfile_serialization=is_zip)
     for length in (0, 3, 100, 600, path.stat().st_size - 100):
-        torn = tmp_path / f'torn{length}.pth'
-        torn.write_bytes(path.read_bytes()[:length])
-        with pytest.raises(utils.UserError, match=f'torn{length}.pth'):
-            SSD300.from_checkpoint(torn)
-    with pytest.raises(utils.UserError, match='torn.pth'):
-        SSD300.from_checkpoint(path)    # whole, but no SSD300
+        truncated = tmp_path / f'first{length}.pth'
+        truncated.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(UserError, match=f'first{length}.pth'):
+            SSD300.from_checkpoint(truncated)
+    with pytest.raises(UserError, match='module.pth'):
+        SSD300.from_checkpoint(path)    # complete, but not an SSD300
 
 
-# --- what travels with the weights ---
+# --- priors, image constants and classes in a checkpoint ---
 
 
-def test_a_converted_model_comes_back_from_its_own_checkpoint(converted, tmp_path):
-    path = tmp_path / 'own.pth.tar'
-    utils.save_checkpoint(path, model=converted.state_dict(), label_map=converted.label_map)
+def test_converted_model_is_saved_and_loaded_with_its_constants(converted, tmp_path):
+    path = tmp_path / 'converted.pth.tar'
+    save_checkpoint(path, model=converted.state_dict(), label_map=converted.label_map)
     loaded = SSD300.from_checkpoint(path)
     for name in ('priors_cxcy', 'image_mean', 'image_std', 'l2_epsilon', 'rescale_factors'):
         assert torch.equal(loaded.state_dict()[name], converted.state_dict()[name])
     assert loaded.label_map == converted.label_map and loaded.l2_epsilon == torch.tensor(1e-12)
 
 
-def test_an_own_checkpoint_without_constants_has_imagenets(tmp_path):
+def test_checkpoint_without_constants_gets_those_of_imagenet(tmp_path):
     state = SSD300(3).state_dict()
     for name in ('image_mean', 'image_std', 'l2_epsilon'):
         del state[name]
-    utils.save_checkpoint(tmp_path / 'old.pth.tar', model=state,
+    save_checkpoint(tmp_path / 'old.pth.tar', model=state,
                           label_map={'background': 0, 'a': 1, 'b': 2})
     model = SSD300.from_checkpoint(tmp_path / 'old.pth.tar')
     images = torch.randint(0, 256, (1, 3, 300, 300), dtype=torch.uint8)
@@ -425,42 +468,42 @@ def test_an_own_checkpoint_without_constants_has_imagenets(tmp_path):
 
 
 @pytest.fixture
-def nowhere(tmp_path, monkeypatch):
-    """A working folder without a checkpoint, with a photo."""
+def without_checkpoint(tmp_path, monkeypatch):
+    """A working folder with a photo and without a checkpoint."""
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient('L').save('photo.png')
-    detect_module.default_model.cache_clear()
+    detect.default_model.cache_clear()
     yield tmp_path
-    detect_module.default_model.cache_clear()
+    detect.default_model.cache_clear()
 
 
-def test_without_a_checkpoint_coco_is_detected(nowhere, downloads, capsys):
-    detect_module.main(detect_module.Parameters(inputs=('photo.png',), device='cpu',
+def test_without_a_checkpoint_coco_classes_are_detected(without_checkpoint, downloads, capsys):
+    detect.main(detect.Parameters(inputs=('photo.png',), device='cpu',
                                                 output='found.png'))
     assert 'checkpoint_ssd300.pth.tar is not there' in capsys.readouterr().err
     assert len(Image.open('found.png').convert('RGB').getcolors(100_000)) > 300   # boxes are drawn
-    prediction, = detect_module.predict([Image.open('photo.png')], min_score=0.1)
+    prediction, = detect.predict([Image.open('photo.png')], min_score=0.1)
     assert set(prediction['labels']) <= set(coco_label_map())
     assert downloads == [{'progress': True, 'check_hash': True}] * 2
 
 
-def test_a_checkpoint_that_was_asked_for_is_not_replaced(nowhere, downloads, capsys):
-    pathlib.Path('checkpoint_ssd300.pth.tar').write_text('torn')
+def test_named_or_damaged_checkpoint_is_not_replaced_by_coco(without_checkpoint, downloads, capsys):
+    pathlib.Path('checkpoint_ssd300.pth.tar').write_text('damaged')
     for path in ('other.pth', './checkpoint_ssd300.pth.tar'):
         with pytest.raises(SystemExit):
-            detect_module.main(detect_module.Parameters(inputs=('photo.png',), checkpoint=path))
+            detect.main(detect.Parameters(inputs=('photo.png',), checkpoint=path))
         assert path in capsys.readouterr().err
     assert not downloads
 
 
-def test_without_a_network_the_next_step_is_said(nowhere, monkeypatch):
+def test_failed_download_is_a_user_error_with_the_next_step(without_checkpoint, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError('no route to host')
 
     monkeypatch.setattr(type(WEIGHTS), 'get_state_dict', fail)
-    with pytest.raises(utils.UserError, match='no route to host.*connect.*train.py'):
-        detect_module.predict([Image.open('photo.png')])
-    with pytest.raises(utils.UserError, match='--init imagenet'):
+    with pytest.raises(UserError, match='no route to host.*connect.*train.py'):
+        detect.predict([Image.open('photo.png')])
+    with pytest.raises(UserError, match='--init imagenet'):
         start_from_coco(SSD300(21))
 
 
@@ -468,7 +511,7 @@ def test_without_a_network_the_next_step_is_said(nowhere, monkeypatch):
 
 
 @torch.no_grad()
-def test_vocs_classes_start_with_cocos_scores(downloads, converted, photos):
+def test_voc_classes_start_with_the_scores_of_coco(downloads, converted, photos):
     model = SSD300(21).eval()
     assert start_from_coco(model) == list(utils.voc_labels)
     coco = {**converted.label_map, 'aeroplane': converted.label_map['airplane'],
@@ -480,12 +523,12 @@ def test_vocs_classes_start_with_cocos_scores(downloads, converted, photos):
     expected_locs, expected = converted(converted.normalize(image))
     locs, scores = model(model.normalize(image))
     assert torch.equal(locs, expected_locs)
-    numbers = [coco[name] for name in ('background', *utils.voc_labels)]
-    assert torch.allclose(scores, expected[:, :, numbers], atol=1e-4)
+    indices = [coco[name] for name in ('background', *utils.voc_labels)]
+    assert torch.allclose(scores, expected[:, :, indices], atol=1e-4)
     assert torch.equal(model.priors_cxcy, converted.priors_cxcy)
 
 
-def test_other_classes_start_random(downloads):
+def test_classes_unknown_to_coco_stay_random(downloads):
     model = SSD300(4)
     model.label_map = {'background': 0, 'RBC': 1, 'stop_sign': 2, 'N/A': 3}
     before = model.pred_convs.class_convs[0].weight.detach().clone().unflatten(0, (4, 4))
@@ -494,12 +537,12 @@ def test_other_classes_start_random(downloads):
     assert [bool((before[:, i] == after[:, i]).all()) for i in range(4)] == [0, 1, 0, 1]
 
 
-def test_a_run_from_coco_keeps_what_came_with_it(downloads, converted, make_voc, tmp_path,
-                                                 monkeypatch, capsys):
+def test_run_from_coco_keeps_its_priors_and_constants(downloads, converted, make_voc, tmp_path,
+                                                     monkeypatch, capsys):
     folder = make_voc({'train': {stem: [('dog', (5, 5, 40, 40)), ('wug', (9, 9, 50, 30))]
                                  for stem in 'ab'}})
     lists = tmp_path / 'lists'
-    utils.write_data_lists([(folder, 'train')], [(folder, 'train')], lists)
+    write_data_lists([(folder, 'train')], [(folder, 'train')], lists)
     losses, normalized = [], []
     loss_class, normalize = train.MultiBoxLoss, SSD300.normalize
     monkeypatch.setattr(SSD300, 'normalize', lambda model, images: normalized.append(
@@ -513,8 +556,8 @@ def test_a_run_from_coco_keeps_what_came_with_it(downloads, converted, make_voc,
             data_folder=str(lists), init='coco', iterations=iterations, batch_size=1, warmup=1,
             decay_lr_at=(), workers=0, device='cpu', checkpoint=path, resume='auto', eval_every=0,
             precision='float32'))
-    assert len(downloads) == 1 and len(normalized) == 2
-    assert '1 of 2 classes start with what COCO knows of them: dog' in capsys.readouterr().out
+    assert len(downloads) == 1 and len(normalized) == len(losses) == 2
+    assert re.search('1 of 2 classes.*: dog', capsys.readouterr().out)
     model = SSD300.from_checkpoint(path)
     for loss in losses:
         assert torch.equal(loss.priors_cxcy, converted.priors_cxcy)

@@ -1,4 +1,4 @@
-"""Videos: what is written has the times, sizes, turns, colours and sound of what was read."""
+"""Videos: a copy has the times, sizes, rotation, colors and sound of its source."""
 
 from fractions import Fraction
 
@@ -6,12 +6,14 @@ import av
 import pytest
 import torch
 
-from utils import UserError
-from video import VideoReader, VideoWriter
+from support.errors import UserError
+from support.images import OUTPUT_VIDEO_SUFFIXES, VIDEO_SUFFIXES
+from support.video import ENCODERS, VideoReader, VideoWriter
 
 
 def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, options=None):
-    """A small video of noise; frame i is shown at times[i] / 12800 s, by default at 25 a second."""
+    """Write a small video of noise; frame i is shown at times[i] / 12800 s, by default at i / 25 s.
+    """
     with av.open(str(path), 'w', options=options or {}) as container:
         stream = container.add_stream('libx264', rate=25)
         stream.width, stream.height = size
@@ -34,25 +36,25 @@ def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, options
     return path
 
 
-def copy(source, target):
-    """Read and write a video without a change; returns what was noted."""
+def copy_video(source, target):
+    """Read and write a video without a change; returns the writer's note."""
     with VideoReader(source) as reader, VideoWriter(target, reader) as writer:
         for frame in reader:
             writer.write(frame)
     return writer.note
 
 
-def packets(path):
-    """Of the sound: the bytes and the seconds of each packet."""
+def audio_packets(path):
+    """Return the bytes and the time in seconds of each packet of sound."""
     with av.open(str(path)) as container:
         return [(bytes(packet), float(packet.pts * packet.time_base))
                 for packet in container.demux(container.streams.audio[0]) if packet.dts is not None]
 
 
 @pytest.mark.parametrize('suffix', ['.mp4', '.mkv', '.mov', '.avi', '.webm', '.m4v'])
-def test_times_and_size_stay(tmp_path, suffix):
+def test_copy_keeps_times_and_size(tmp_path, suffix):
     source, target = make_video(tmp_path / 'a.mp4'), tmp_path / f'b{suffix}'
-    copy(source, target)
+    copy_video(source, target)
     with VideoReader(source) as before, VideoReader(target) as after:
         assert after.rate == before.rate == 25
         frames, copies = list(before), list(after)
@@ -62,25 +64,25 @@ def test_times_and_size_stay(tmp_path, suffix):
         assert same.time == pytest.approx(frame.time, abs=0.001) == pytest.approx(i / 25, abs=0.001)
 
 
-def test_uneven_times_stay(tmp_path):
+def test_copy_keeps_irregular_times(tmp_path):
     times = [0, 512, 700, 3000, 3001, 9000, 12800]
     source = make_video(tmp_path / 'a.mp4', 7, times=times)
-    copy(source, tmp_path / 'b.mp4')
+    copy_video(source, tmp_path / 'b.mp4')
     with VideoReader(tmp_path / 'b.mp4') as reader:
         assert [round(frame.time * 12800) for frame in reader] == times
 
 
-def test_an_odd_size_becomes_even(tmp_path):
+def test_odd_size_is_padded_to_even(tmp_path):
     source = make_video(tmp_path / 'a.mp4', 3, size=(63, 47))
-    copy(source, tmp_path / 'b.mp4')
+    copy_video(source, tmp_path / 'b.mp4')
     with VideoReader(source) as before, VideoReader(tmp_path / 'b.mp4') as after:
         assert before.first.image.size == (63, 47) and after.first.image.size == (64, 48)
 
 
-@pytest.mark.parametrize('turn, matrix, corner', [(90, (0, -1, 1, 0), (0, 1)),
-                                                  (270, (0, 1, -1, 0), (1, 0))])
-def test_a_turned_video_is_upright(tmp_path, turn, matrix, corner):
-    """The turn stands in the track's header, as the matrix a b u c d v of 16.16 bits."""
+@pytest.mark.parametrize('rotation, matrix, corner', [(90, (0, -1, 1, 0), (0, 1)),
+                                                      (270, (0, 1, -1, 0), (1, 0))])
+def test_rotated_video_is_read_upright(tmp_path, rotation, matrix, corner):
+    """The rotation is in the track's header, as a matrix a b u c d v in 16.16 fixed point."""
     path = make_video(tmp_path / 'a.mp4', 3)
     content = bytearray(path.read_bytes())
     start = content.index(b'tkhd') + 44
@@ -88,19 +90,19 @@ def test_a_turned_video_is_upright(tmp_path, turn, matrix, corner):
     content[start:start + 24] = b''.join(
         value.to_bytes(4, 'big', signed=True) for value in (a, b, 0, c, d, 0))
     path.write_bytes(content)
-    copy(path, tmp_path / 'b.mp4')
+    copy_video(path, tmp_path / 'b.mp4')
     with av.open(str(path)) as container:
         stored = next(container.decode(video=0))
-        assert stored.rotation % 360 == turn
+        assert stored.rotation % 360 == rotation
         stored = stored.to_image()
     with VideoReader(path) as before, VideoReader(tmp_path / 'b.mp4') as after:
         assert before.first.image.size == after.first.image.size == (48, 64)
         upright = before.first.image
-    # The first pixel of what is stored goes to the lower left, or the upper right.
+    # The first stored pixel is shown at the lower left, or the upper right.
     assert upright.getpixel((47 * corner[0], 63 * corner[1])) == stored.getpixel((0, 0))
 
 
-def test_colours_stay(tmp_path):
+def test_copy_keeps_colors(tmp_path):
     source = make_video(tmp_path / 'a.mp4', 3)
     with VideoReader(source) as reader, VideoWriter(tmp_path / 'b.mp4', reader) as writer:
         for frame in reader:
@@ -112,25 +114,25 @@ def test_colours_stay(tmp_path):
             assert all(abs(a - b) <= 5 for a, b in zip(values, (250, 30, 60)))
 
 
-def test_sound_is_copied(tmp_path):
+def test_sound_is_copied_unchanged(tmp_path):
     source = make_video(tmp_path / 'a.mp4', sound='aac')
     for suffix in ('.mp4', '.mkv', '.mov'):
-        assert copy(source, tmp_path / f'b{suffix}') is None
-        expected, found = packets(source), packets(tmp_path / f'b{suffix}')
+        assert copy_video(source, tmp_path / f'b{suffix}') is None
+        expected, found = audio_packets(source), audio_packets(tmp_path / f'b{suffix}')
         assert [data for data, _ in found] == [data for data, _ in expected]
         assert [time for _, time in found] == pytest.approx([time for _, time in expected],
                                                             abs=0.025)
 
 
-def test_sound_that_does_not_fit_is_left_out_and_noted(tmp_path):
-    note = copy(make_video(tmp_path / 'a.mp4', sound='aac'), tmp_path / 'b.webm')
+def test_sound_that_the_format_cannot_hold_is_left_out_and_noted(tmp_path):
+    note = copy_video(make_video(tmp_path / 'a.mp4', sound='aac'), tmp_path / 'b.webm')
     assert 'without its sound' in note
     with av.open(str(tmp_path / 'b.webm')) as container:
         assert not container.streams.audio
         assert len(list(container.decode(video=0))) == 12
 
 
-def test_damaged_frames_are_counted(tmp_path):
+def test_broken_frames_are_counted(tmp_path):
     path = make_video(tmp_path / 'a.mp4', 40)
     content = bytearray(path.read_bytes())
     end = content.rindex(b'moov')
@@ -142,7 +144,7 @@ def test_damaged_frames_are_counted(tmp_path):
     assert 0 < reader.n_broken < 20 and n_frames + reader.n_broken == 40
 
 
-def test_a_video_that_was_cut_off_says_so(tmp_path):
+def test_truncated_video_is_reported(tmp_path):
     for suffix in ('.mkv', '.mp4'):
         path = make_video(tmp_path / f'a{suffix}', 60, options={'movflags': 'faststart'})
         with VideoReader(path) as reader:
@@ -154,7 +156,7 @@ def test_a_video_that_was_cut_off_says_so(tmp_path):
         assert reader.problem or reader.n_broken
 
 
-def test_what_is_no_video_is_a_clear_error(tmp_path):
+def test_file_that_is_no_video_is_user_error(tmp_path):
     (tmp_path / 'no.mp4').write_bytes(b'no video')
     make_video(tmp_path / 'whole.mp4')
     half = (tmp_path / 'whole.mp4').read_bytes()
@@ -166,16 +168,20 @@ def test_what_is_no_video_is_a_clear_error(tmp_path):
         VideoReader(99)
 
 
-def test_what_cannot_be_written_is_a_clear_error(tmp_path):
+def test_unwritable_file_is_user_error(tmp_path):
     with VideoReader(make_video(tmp_path / 'a.mp4')) as reader:
         for path in (tmp_path / 'b.wmv', tmp_path / 'no' / 'b.mp4'):
             with pytest.raises(UserError, match='cannot be written'):
                 VideoWriter(path, reader)
 
 
-def test_a_video_is_never_in_memory_as_a_whole(tmp_path):
-    """A frame is decoded when it is asked for, so the sound is not all read yet."""
-    path = make_video(tmp_path / 'a.mkv', 400, sound='aac')
+def test_video_is_not_read_into_memory_as_a_whole(tmp_path):
+    """Frames are decoded one by one, so after the first most of the sound is not read yet."""
+    path = make_video(tmp_path / 'a.mkv', 200, sound='aac')
     with VideoReader(path) as reader:
-        assert reader.n_frames == pytest.approx(400, abs=2)  # from the duration
-        assert len(reader.sound_packets) < len(packets(path)) / 2
+        assert reader.n_frames == pytest.approx(200, abs=2)  # estimated from the duration
+        assert len(reader.audio_packets) < len(audio_packets(path)) / 2
+
+
+def test_every_output_suffix_has_an_encoder_and_can_be_read():
+    assert tuple(ENCODERS) == OUTPUT_VIDEO_SUFFIXES and set(ENCODERS) <= set(VIDEO_SUFFIXES)

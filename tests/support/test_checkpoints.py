@@ -1,0 +1,209 @@
+"""Checkpoints: what is saved is loaded, no code is run, and a run continues where it stopped."""
+
+import errno
+import os
+import pickle
+
+import pytest
+import torch
+
+from support.checkpoints import (
+    find_newest_checkpoint,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    sibling_path,
+)
+from support.errors import UserError
+
+# --- files ---
+
+
+def test_saved_checkpoint_is_loaded(tmp_path):
+    path = tmp_path / 'check.pth.tar'
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save_checkpoint(path, iteration=7, model=model.state_dict(), label_map={'cat': 1},
+                    optimizer=optimizer.state_dict(), note=None)
+    state = load_checkpoint(str(path))
+    assert state['iteration'] == 7 and state['label_map'] == {'cat': 1} and state['note'] is None
+    assert all(torch.equal(state['model'][name], tensor) and tensor.device.type == 'cpu'
+               for name, tensor in model.state_dict().items())
+    optimizer.load_state_dict(state['optimizer'])
+    assert os.listdir(tmp_path) == ['check.pth.tar']
+
+
+def test_old_checkpoint_stays_if_the_new_one_cannot_be_written(tmp_path, monkeypatch):
+    path = tmp_path / 'check.pth.tar'
+    save_checkpoint(path, iteration=1)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_checkpoint(path, iteration=lambda: 2)      # cannot be pickled
+
+    def full(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match='check.pth.tar.*No space left'):
+        save_checkpoint(path, iteration=3)
+    assert load_checkpoint(path) == {'iteration': 1}
+    assert os.listdir(tmp_path) == ['check.pth.tar']
+
+
+def test_full_disk_is_a_user_error_and_the_old_checkpoint_stays(tmp_path):
+    resource = pytest.importorskip('resource')
+    path = tmp_path / 'check.pth.tar'
+    save_checkpoint(path, iteration=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))      # maximum size of any file
+    try:
+        with pytest.raises(UserError, match='check.pth.tar cannot be written'):
+            save_checkpoint(path, weights=torch.zeros(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(path) == {'iteration': 1}
+    assert os.listdir(tmp_path) == ['check.pth.tar']
+
+
+@pytest.mark.parametrize('place', ['file/check.pth.tar', 'nowhere/check.pth.tar', ''])
+def test_path_that_cannot_be_written_is_a_user_error(place, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot be written'):
+        save_checkpoint(tmp_path / place, iteration=1)
+    assert os.listdir(tmp_path) == ['file']
+
+
+class MakesFolder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    for content in (torch.nn.Linear(1, 1), {'model': MakesFolder(tmp_path / 'made')}):
+        torch.save(content, tmp_path / 'check.pth.tar')
+        with pytest.raises(UserError, match='check.pth.tar.*train.py'):
+            load_checkpoint(tmp_path / 'check.pth.tar')
+    assert not (tmp_path / 'made').exists()
+
+
+@pytest.mark.parametrize('corrupt', [
+    pytest.param(lambda whole: b'', id='empty'),
+    pytest.param(lambda whole: b'\n', id='an empty line'),
+    pytest.param(lambda whole: b'not a checkpoint', id='text'),
+    pytest.param(lambda whole: b'Keras', id='text that starts like a pickle'),
+    pytest.param(lambda whole: b'{"images": 3}', id='json'),
+    pytest.param(lambda whole: bytes(range(256)), id='bytes'),
+    pytest.param(lambda whole: pickle.dumps([1, 2], 2), id='another pickle'),
+    pytest.param(lambda whole: pickle.dumps({'a': 1}, 2)[:-3], id='half a pickle'),
+    *[pytest.param(lambda whole, percent=percent: whole[:len(whole) * percent // 100],
+                   id=f'{percent} %') for percent in (1, 30, 60, 99)],
+])
+def test_other_bytes_are_a_user_error(corrupt, tmp_path):
+    save_checkpoint(tmp_path / 'whole', weights=torch.zeros(500))
+    path = tmp_path / 'check.pth.tar'
+    path.write_bytes(corrupt((tmp_path / 'whole').read_bytes()))
+    with pytest.raises(UserError, match='check.pth.tar'):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize('content', [torch.zeros(3), [1, 2], 'text'], ids=str)
+def test_checkpoint_is_a_dictionary(content, tmp_path):
+    torch.save(content, tmp_path / 'check.pth.tar')
+    with pytest.raises(UserError, match='check.pth.tar'):
+        load_checkpoint(tmp_path / 'check.pth.tar')
+
+
+def test_missing_checkpoint_is_a_user_error(tmp_path):
+    for path in (tmp_path / 'none.pth.tar', tmp_path):
+        with pytest.raises(UserError, match=path.name):
+            load_checkpoint(path)
+
+
+# --- resuming a run ---
+
+
+@pytest.mark.parametrize('name, best, log', [
+    ('net.pth.tar', 'net.best.pth.tar', 'net_log'), ('net.pt', 'net.best.pt', 'net_log'),
+    ('net', 'net.best', 'net_log'), ('net.v2.pth', 'net.v2.best.pth', 'net.v2_log')])
+def test_mark_is_inserted_before_the_suffix(tmp_path, name, best, log):
+    assert sibling_path(tmp_path / name, '.best') == tmp_path / best
+    assert sibling_path(str(tmp_path / name), '_log', keep_suffix=False) == tmp_path / log
+
+
+def test_newest_checkpoint_is_the_one_with_more_iterations(tmp_path, capsys):
+    last, best = tmp_path / 'net.pth.tar', tmp_path / 'net.best.pth.tar'
+    assert find_newest_checkpoint(last) is None
+    for last_iteration, best_iteration, newest in ((2, 1, last), (2, 2, last), (2, 3, best)):
+        save_checkpoint(last, iteration=last_iteration)
+        save_checkpoint(best, iteration=best_iteration)
+        assert find_newest_checkpoint(str(last)) == str(newest)
+    assert capsys.readouterr().out == ''
+    best.write_bytes(best.read_bytes()[:100])
+    assert find_newest_checkpoint(last) == str(last)
+    last.unlink()
+    assert find_newest_checkpoint(last) is None
+    assert capsys.readouterr().out.count('note: ') == 2
+
+
+SETTINGS = {'optimizer': 'sgd', 'precision': 'float32', 'seed': 0, 'lr': 1e-3}
+
+
+def make_run(weight_decay=5e-4):
+    """A small model with its label map, an SGD optimizer and a scaler."""
+    model = torch.nn.Linear(2, 3)
+    model.label_map = {'background': 0, 'cat': 1, 'dog': 2}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    return model, optimizer, torch.amp.GradScaler('cpu', init_scale=8.)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The path of a checkpoint after one step, and the run that wrote it."""
+    model, optimizer, scaler = make_run()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    path = tmp_path / 'net.pth.tar'
+    save_checkpoint(path, iteration=1, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                    scaler={**scaler.state_dict(), 'scale': 4.}, label_map=model.label_map,
+                    parameters=SETTINGS)
+    return path, model, optimizer
+
+
+def test_restored_run_is_the_saved_one(saved, capsys):
+    path, saved_model, saved_optimizer = saved
+    model, optimizer, scaler = make_run(weight_decay=0.25)
+    assert restore(path, model, optimizer, scaler, SETTINGS, ('seed', 'lr')) == 1
+    assert capsys.readouterr().out == ''
+    for parameter, saved_parameter in zip(model.parameters(), saved_model.parameters()):
+        assert torch.equal(parameter, saved_parameter)
+        assert torch.equal(optimizer.state[parameter]['momentum_buffer'],
+                           saved_optimizer.state[saved_parameter]['momentum_buffer'])
+    assert scaler.get_scale() == 4
+    assert optimizer.param_groups[0]['weight_decay'] == 0.25    # this run's
+
+
+def test_restore_notes_changed_settings(saved, capsys):
+    model, optimizer, scaler = make_run()
+    settings = {**SETTINGS, 'seed': 5, 'lr': 1e-2, 'precision': 'bf16'}
+    restore(saved[0], model, optimizer, scaler, settings, ('seed',))
+    out = capsys.readouterr().out
+    assert 'note: seed was 0 and is 5 now' in out and out.count('note: ') == 1
+    assert scaler.get_scale() == 8  # that of another precision is not used
+
+
+def test_restore_refuses_other_classes_optimizers_and_files(saved, tmp_path):
+    path, model, optimizer = saved
+    scaler = make_run()[2]
+    with pytest.raises(UserError, match='trained with sgd.*--optimizer'):
+        restore(path, model, optimizer, scaler, {**SETTINGS, 'optimizer': 'adamw'}, ())
+    model.label_map = {'background': 0, 'cat': 1, 'horse': 2}
+    with pytest.raises(UserError, match="'cat', 'dog'.*'cat', 'horse'"):
+        restore(path, model, optimizer, scaler, SETTINGS, ())
+    save_checkpoint(tmp_path / 'weights.pth', model=model.state_dict())
+    with pytest.raises(UserError, match="weights.pth has no .*'iteration'"):
+        restore(tmp_path / 'weights.pth', model, optimizer, scaler, SETTINGS, ())

@@ -1,0 +1,47 @@
+"""torch.compile, and what happens without a compiler. The compilers here are stand-ins."""
+
+import pytest
+import torch
+
+from support.compilation import compile_if_possible
+
+
+@pytest.fixture
+def cpu():
+    """The device of all calls."""
+    return torch.device('cpu')
+
+
+def double(x):
+    """A function to compile."""
+    return 2 * x
+
+
+def test_working_compilation_is_used(monkeypatch, cpu):
+    monkeypatch.setattr(torch, 'compile', lambda function, dynamic: lambda x: function(x) + 1)
+    tried = []
+    function, = compile_if_possible('on', cpu, (double,), lambda f: tried.append(f(1)))
+    assert tried == [3] and function(2) == 5
+    for choice in ('auto', 'off'):
+        assert compile_if_possible(choice, cpu, (double,), tried.append) == (double,)
+    assert tried == [3]
+
+
+def test_failing_compilation_prints_a_note_and_changes_nothing(capsys, monkeypatch, cpu):
+    def fail(x):
+        raise RuntimeError('no compiler found\nand more')
+
+    monkeypatch.setattr(torch, 'compile', lambda function, dynamic: fail)
+    function, = compile_if_possible('on', cpu, (double,), lambda f: f(torch.ones(2)))
+    assert function is double
+    out = capsys.readouterr().out
+    assert out.count('\n') == 1 and 'does not work here (no compiler found)' in out
+
+
+def test_too_little_memory_is_not_a_failure_of_the_compiler(monkeypatch, cpu):
+    def fail(x):
+        raise torch.OutOfMemoryError('out of memory')
+
+    monkeypatch.setattr(torch, 'compile', lambda function, dynamic: fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_if_possible('on', cpu, (double,), lambda f: f(torch.ones(2)))

@@ -1,0 +1,130 @@
+"""Tests of support/evaluation_report.py: the table, result files, mistakes."""
+
+import io
+import sys
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from support import evaluation_report as report
+from support.errors import UserError
+from utils import Detections, GroundTruth, calculate_mAP, label_map as voc_label_map, match_classes
+
+LABEL_MAP = {'background': 0, 'cat': 1, 'dog': 2, 'owl': 3}
+
+# Cats: an object, a dog, a large cat that is missed. Detections of cats only.
+GROUND_TRUTH = GroundTruth([torch.tensor([[0., 0, 10, 10], [20, 0, 30, 10], [50, 0, 90, 40]])],
+                           [torch.tensor([1, 2, 1])], [torch.zeros(3).bool()])
+DETECTIONS = Detections([torch.tensor([[0., 0, 10, 10], [0, 0, 10, 9], [0, 0, 4, 10],
+                                       [20, 0, 30, 10], [0, 90, 5, 95]])],
+                        [torch.ones(5).long()], [torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])])
+
+
+@pytest.fixture
+def table():
+    """Arguments of `print_table` for the detections above."""
+    aps, mAP = calculate_mAP(*DETECTIONS, *GROUND_TRUTH, LABEL_MAP)
+    return aps, mAP, match_classes(DETECTIONS, GROUND_TRUTH, LABEL_MAP), {'0.5': 0.25}, 0.95
+
+
+def test_table(table, capsys):
+    report.print_table(*table)
+    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ' '.join(header) == 'AP (07) AP (area) objects difficult detections recall at 0.95'
+    assert rows == [
+        ['cat', '0.5455', '0.5000', '2', '0', '5', '0.0000'],
+        ['dog', '0.0000', '0.0000', '1', '0', '0', '0.0000'],
+        ['owl', 'no', 'objects', '0', '0', '0'],
+        ['mean,', 'sum', '0.2727', '0.2500', '3', '0', '5', '0.0000'],
+        ['COCO', 'AP', '0.5', '0.2500'],
+        ['mAP', '0.2727']]
+
+
+def test_table_is_printed_above_a_progress_bar(table, capsys, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, 'stdout', screen)
+    with tqdm(total=10, desc='training', file=screen):
+        report.print_table(*table)
+    # The bar is cleared before the first line: without that, they would share one.
+    lines = [' '.join(line.split()) for line in screen.getvalue().replace('\r', '\n').splitlines()]
+    assert 'AP (07) AP (area) objects difficult detections recall at 0.95' in lines
+    assert 'mAP 0.2727' in lines
+
+
+def test_recall_at_a_score():
+    match = match_classes(DETECTIONS, GROUND_TRUTH, LABEL_MAP)['cat']
+    assert report.recall_at(match, 0.2) == 0.5 and report.recall_at(match, 0.95) == 0
+
+
+def test_result_files_are_the_devkits(tmp_path):
+    nothing = (torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0))
+    image = (torch.tensor([[0., 0.1, 0.5, 1.]]), torch.tensor([2]), torch.tensor([0.123456789]))
+    detections = report.to_pixels(Detections(*map(list, zip(nothing, image))),
+                                  torch.tensor([[1., 1.], [100., 50.]]).double())
+    report.write_results(tmp_path, detections, ['a', 'b'], LABEL_MAP)
+    text = (tmp_path / 'comp4_det_test_dog.txt').read_text()
+    assert text == 'b 0.123456791 1.0000 6.0000 50.0000 50.0000\n'
+    assert (tmp_path / 'comp4_det_test_cat.txt').read_text() == ''
+    again = report.read_results(tmp_path, ['a', 'b'], LABEL_MAP)
+    assert [len(boxes) for boxes in again.boxes] == [0, 1] and again.labels[1].tolist() == [2]
+    assert torch.equal(again.boxes[1], detections.boxes[1])
+
+
+def voc_case(folder, n_images=1000):
+    """Objects of VOC 2007 test, some made difficult, and detections near them, two per object."""
+    lines = (folder / 'voc07-test-boxes.txt').read_text().splitlines()[:n_images]
+    detections, ground_truth = Detections([], [], []), GroundTruth([], [], [])
+    for line in lines:
+        rows = torch.tensor([float(word) for word in line.split()[1:]]).double().view(-1, 5)
+        boxes, labels = rows[:, :4] - report.FROM_1, rows[:, 4].long() + 1
+        for column, tensor in zip(ground_truth, (boxes, labels, torch.rand(len(rows)) < 0.1)):
+            column.append(tensor)
+        size = (boxes[:, 2:] - boxes[:, :2]).repeat(2, 2)
+        near = boxes.repeat(2, 1) + torch.randn(len(size), 4) * size * 0.1
+        detections.boxes.append((near * 10).round() / 10)
+        detections.labels.append(labels.repeat(2))
+        detections.scores.append(torch.rand(len(size)).mul(1000).round() / 1000)    # with ties
+    return detections, ground_truth, [line.split()[0].removesuffix('.jpg') for line in lines]
+
+
+def test_result_files_of_voc_2007_give_the_same_map(sample_data, tmp_path):
+    detections, ground_truth, ids = voc_case(sample_data)
+    report.write_results(tmp_path, detections, ids, voc_label_map)
+    again = report.read_results(tmp_path, ids, voc_label_map)
+    for rule in ('voc07', 'area'):
+        before = calculate_mAP(*detections, *ground_truth, voc_label_map, rule)
+        assert calculate_mAP(*again, *ground_truth, voc_label_map, rule) == before
+        assert 0.2 < before[1] < 0.9
+
+
+@pytest.mark.parametrize('name, text, parts', [
+    ('cat', 'a 0.5 1 1 2 2\na 0.5 1 1 2\n', ['comp4_det_test_cat.txt, line 2']),
+    ('cat', 'a 0.5 1 1 2 x\n', ['cat.txt, line 1', 'score xmin ymin xmax ymax']),
+    ('cat', 'a nan 1 1 2 2\n', ['cat.txt, line 1', 'nan']),
+    ('cat', '\nz 0.5 1 1 2 2\n', ["line 2: image 'z' is not in the TEST list"]),
+    ('cow', '', ['comp4_det_test_cow.txt', 'no such class', 'cat, dog, owl']),
+    ('dog', None, ['comp4_det_test_dog.txt: no such file']),
+])
+def test_invalid_result_file_is_a_user_error(tmp_path, name, text, parts):
+    for class_name in ('cat', 'dog', 'owl'):
+        (tmp_path / f'comp4_det_test_{class_name}.txt').write_text('')
+    path = tmp_path / f'comp4_det_test_{name}.txt'
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError) as error:
+        report.read_results(tmp_path, ['a'], LABEL_MAP)
+    assert all(part in str(error.value) for part in parts) and '\n' not in str(error.value)
+
+
+def test_images_of_the_same_name_are_a_user_error():
+    with pytest.raises(UserError, match='x/a.jpg and y/a.png have the same name'):
+        report.image_ids(['x/a.jpg', 'y/a.png'])
+
+
+def test_kinds_of_mistakes():
+    matches = match_classes(DETECTIONS, GROUND_TRUTH, LABEL_MAP)
+    mistakes = report.find_mistakes(matches, DETECTIONS, GROUND_TRUTH, 0.2)
+    assert mistakes == {'duplicate': [1], 'overlap': [2], 'class': [3], 'background': [4],
+                        'missed': [2, 1]}
+    mistakes = report.find_mistakes(matches, DETECTIONS, GROUND_TRUTH, 0.95)
+    assert mistakes['missed'] == [2, 0, 1]

@@ -1,0 +1,271 @@
+"""Runs of train.py as processes: killed, interrupted while writing, and with two ranks."""
+
+import csv
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from create_data_lists import Parameters as ListParameters, main as make_lists
+from model import SSD300
+from support.checkpoints import load_checkpoint, save_checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# How often a run is killed. SSD_KILLS=20 is the thorough version.
+KILLS = int(os.environ.get('SSD_KILLS', 1))
+
+
+@pytest.fixture
+def folder(make_voc, tmp_path):
+    """A folder with a data folder `lists`: seven images to train on, three to test on."""
+    images = {f'im{i}': [('cat', (5, 5, 30, 30)), ('dog', (20, 10, 60, 45))][:1 + i % 2]
+              for i in range(7)}
+    tests = {f't{i}': [('cat', (5 + i, 5, 30, 30 + i))] for i in range(3)}
+    voc = make_voc({'train': images, 'test': tests})
+    for i, path in enumerate(sorted((voc / 'JPEGImages').iterdir())):
+        noise = torch.randint(0, 256, (48, 64, 3), generator=torch.Generator().manual_seed(i))
+        Image.fromarray(noise.byte().numpy()).save(path)
+    make_lists(ListParameters(train=(f'{voc}:train',), test=(f'{voc}:test',),
+                              output_folder=str(tmp_path / 'lists')))
+    return tmp_path
+
+
+def command(*words, ranks=1, script='train.py'):
+    """Return the command that trains at toy size, or that of another script."""
+    start = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            port = free.getsockname()[1]
+        start += ['-m', 'torch.distributed.run', '--nproc-per-node', ranks, '--master-port', port]
+    settings = ['--no-pretrained', '--batch-size', 2, '--decay-lr-at', 3, '--warmup', 2,
+                '--precision', 'float32', '--print-freq', 1]
+    return [str(word) for word in (
+        *start, ROOT / script, '--data-folder', 'lists', '--device', 'cpu', '--workers', 1,
+        *(settings if script == 'train.py' else ()), *words)]
+
+
+def start(words, folder):
+    """Start a command in a folder; its output goes to the file `output` there."""
+    with open(folder / 'output', 'wb') as output:
+        return subprocess.Popen(words, cwd=folder, stdout=output, stderr=subprocess.STDOUT,
+                                env={**os.environ, 'OMP_NUM_THREADS': '1',
+                                     'PYTHONPATH': str(ROOT)})
+
+
+def finish(process, folder, code=0, timeout=300):
+    """Wait for a process to end; returns its output."""
+    try:
+        assert process.wait(timeout) == code, (folder / 'output').read_text()[-3000:]
+    finally:
+        process.kill()
+    return (folder / 'output').read_text()
+
+
+def run(*words, folder, code=0, **options):
+    """Run a command to its end; returns its output."""
+    return finish(start(command(*words, **options), folder), folder, code)
+
+
+def wait_for(condition, process, folder):
+    """Wait until a condition holds for a running process."""
+    while not condition():
+        assert process.poll() is None, (folder / 'output').read_text()[-2000:]
+        time.sleep(0.02)
+
+
+def read_log(folder):
+    """Return the rows of a `log.csv` as dictionaries of strings."""
+    with open(folder / 'log.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def assert_equal_checkpoints(a, b):
+    """Assert that weights and optimizers are equal in every bit."""
+    assert a['iteration'] == b['iteration'] and a['model'].keys() == b['model'].keys()
+    assert all(torch.equal(weights, b['model'][name]) for name, weights in a['model'].items())
+    assert a['optimizer']['param_groups'] == b['optimizer']['param_groups']
+    for key, state in a['optimizer']['state'].items():
+        for name, value in state.items():
+            assert torch.equal(value, b['optimizer']['state'][key][name])
+
+
+# --- interrupted runs ---
+
+
+def test_killed_run_ends_as_an_uninterrupted_one(folder):
+    """Checkpoints are written all the time, so a run is also killed while it writes one.
+
+    The uninterrupted run's log, TensorBoard events, curves and output are compared, too.
+    """
+    words = ('--iterations', 4, '--save-every', 1, '--eval-every', 3)
+    out = run(*words, '--checkpoint', 'whole.pth.tar', folder=folder)
+    words = command(*words, '--checkpoint', 'killed.pth.tar', '--resume', 'auto')
+    rng, kills, done = random.Random(0), 0, -1
+    while kills < KILLS:
+        process = start(words, folder)
+        # Iterations begin when the bar appears; until then there is nothing to disturb.
+        while process.poll() is None and 'it/s' not in (folder / 'output').read_text():
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.3, 3))
+        if process.poll() is not None:  # it had little left to do: kill a longer one
+            (folder / 'killed.pth.tar').unlink()
+            (folder / 'killed.best.pth.tar').unlink()
+            continue
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        if (folder / 'killed.pth.tar').exists():
+            before, done = done, load_checkpoint(folder / 'killed.pth.tar')['iteration']
+            assert done >= before or before == 4, 'what was saved is not lost'
+    finish(start(words, folder), folder)
+    whole, killed = (load_checkpoint(folder / f'{name}.pth.tar') for name in ('whole', 'killed'))
+    assert whole['iteration'] == 4
+    assert_equal_checkpoints(whole, killed)
+    assert not list(folder.glob('.killed*')), 'temporary files are removed'
+    rows, killed_rows = (read_log(folder / f'{name}_log') for name in ('whole', 'killed'))
+    assert [row['iteration'] for row in rows] == ['1', '2', '3', '4']
+    for row, killed_row in zip(rows, killed_rows, strict=True):
+        for column in ('iteration', 'loss', 'classes', 'boxes', 'rate', 'mAP', 'skipped'):
+            assert row[column] == killed_row[column], column
+
+    assert_log_is_shown_everywhere(rows, folder / 'whole_log', out)
+    assert {'whole.pth.tar', 'whole.best.pth.tar'} <= {path.name for path in folder.iterdir()}
+
+
+def assert_log_is_shown_everywhere(rows, log_folder, out):
+    """Assert that progress bar, TensorBoard and curves show the rows of `log.csv`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    for row in rows:
+        shown = (f'loss {float(row["loss"]):.3f} = classes {float(row["classes"]):.3f} + boxes '
+                 f'{float(row["boxes"]):.3f}, lr {float(row["rate"]):.2g}')
+        assert shown in out
+    evaluated = [row for row in rows if row['mAP']]
+    assert [row['iteration'] for row in evaluated] == ['3', '4']
+    for row in evaluated:
+        assert f'{row["iteration"]} iterations: mAP {float(row["mAP"]):.4f}' in out
+    board = EventAccumulator(str(log_folder)).Reload()
+    for column in ('loss', 'classes', 'boxes', 'rate', 'images_per_s', 'mAP'):
+        events = board.Scalars(column)
+        numbers = [(int(row['iteration']), float(row[column])) for row in rows if row[column]]
+        assert [event.step for event in events] == [iteration for iteration, _ in numbers]
+        assert [event.value for event in events] == pytest.approx(
+            [number for _, number in numbers], rel=1e-5)
+    assert len(board.Tags()['images']) == 3
+    assert (log_folder / 'curves.png').stat().st_size > 10_000
+
+
+def test_run_killed_in_the_middle_of_a_checkpoint_resumes_from_the_previous_one(folder):
+    code = """
+import os, signal, torch
+import train, tyro
+save = torch.save
+def save_half(state, file):
+    save(state, file)
+    if state['iteration'] == 2:
+        file.truncate(file.tell() // 2)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_half
+train.main(tyro.cli(train.Parameters))
+"""
+    words = command('--iterations', 2, '--save-every', 1, '--eval-every', 0, '--checkpoint',
+                    'c.pth')
+    process = start([words[0], '-c', code, *words[2:]], folder)
+    assert process.wait(300) == -signal.SIGKILL
+    assert load_checkpoint(folder / 'c.pth')['iteration'] == 1
+    temporary, = folder.glob('.c.*.pth')
+    assert temporary.stat().st_size > 50e6
+    output = finish(start([*words, '--resume', 'auto'], folder), folder)
+    assert 'iterations 1 to 2 ' in output and load_checkpoint(folder / 'c.pth')['iteration'] == 2
+    assert not list(folder.glob('.c.*'))
+
+
+def test_interrupted_evaluation_is_repeated_and_a_truncated_checkpoint_skipped(folder):
+    """Killed in the last evaluation, after the last checkpoint; then the same command again."""
+    words = ('--iterations', 1, '--resume', 'auto', '--checkpoint', 'c.pth')
+    process = start(command(*words), folder)
+    try:
+        wait_for((folder / 'c.pth').exists, process, folder)
+    finally:
+        process.kill()
+        process.wait()
+    # A new run, as there was no checkpoint to resume.
+    assert 'iterations 0 to 1 ' in (folder / 'output').read_text()
+    assert not any(row['mAP'] for row in read_log(folder / 'c_log'))
+    for _ in range(2):  # the second time, as from a job queue, nothing is left to do
+        out = run(*words, folder=folder)
+        assert 'iterations 1 to 1 ' in out and '1 iterations, written to c.pth' in out
+        rows = read_log(folder / 'c_log')
+        assert [row['iteration'] for row in rows] == ['1'] and float(rows[0]['mAP']) >= 0
+    assert '1 iterations: mAP' not in out
+
+    last, best = folder / 'c.pth', folder / 'c.best.pth'
+    save_checkpoint(best, **{**load_checkpoint(best), 'iteration': 1})
+    last.write_bytes(last.read_bytes()[:1_000_000])
+    out = run('--iterations', 2, '--eval-every', 0, '--resume', 'auto', '--checkpoint', 'c.pth',
+              folder=folder)
+    assert 'note: c.pth cannot be read as a checkpoint' in out and 'iterations 1 to 2 ' in out
+
+
+# --- two ranks ---
+
+
+def test_two_ranks_train_and_evaluate_as_one(folder):
+    # Augmentation would add filler of one color, on which the priors' losses are equal: which of
+    # them are the hard negatives would depend on rounding.
+    words = ('--iterations', 2, '--eval-every', 0, '--no-augment', '--lr', 1e-4,
+             '--batch-size', 4)
+    run(*words, '--checkpoint', 'one.pth', folder=folder)
+    out = run(*words, '--checkpoint', 'two.pth', '--grad-accumulation', 2, folder=folder, ranks=2)
+    assert 'cpu x 2 processes' in out and out.count('2 iterations, written to two.pth') == 1
+    one, two = (load_checkpoint(folder / f'{name}.pth') for name in ('one', 'two'))
+    for name, weights in one['model'].items():
+        assert torch.allclose(weights, two['model'][name], rtol=0, atol=1e-5), name
+    torch.manual_seed(0)
+    assert (one['model']['base.conv7.weight'] - SSD300(3).base.conv7.weight).abs().max() > 1e-5
+    logs = [read_log(folder / f'{name}_log') for name in ('one', 'two')]
+    for rows in zip(*logs, strict=True):
+        for column in ('iteration', 'loss', 'classes', 'boxes', 'rate'):
+            assert float(rows[0][column]) == pytest.approx(float(rows[1][column]), rel=1e-3)
+
+    tables = [re.findall(r'^(?:cat|dog|mAP) .*$', run(
+        '--checkpoint', 'two.pth', '--batch-size', 1, folder=folder, script='eval.py', ranks=n),
+        re.MULTILINE) for n in (1, 2)]
+    assert len(tables[0]) == 3 and tables[0] == tables[1]
+
+
+def test_run_ends_if_one_rank_is_killed(folder):
+    words = command('--iterations', 10_000, '--checkpoint', 'c.pth', ranks=2)
+    process = start(words, folder)
+    try:
+        wait_for(lambda: ' 1/10000' in (folder / 'output').read_text(), process, folder)
+        pids = {}
+        for path in pathlib.Path('/proc').glob('[0-9]*'):
+            if f'PPid:\t{process.pid}\n' in (path / 'status').read_text():
+                rank = re.search(r'\0RANK=(\d)', (path / 'environ').read_text())[1]
+                pids[rank] = int(path.name)
+        os.kill(pids['1'], signal.SIGKILL)
+    except BaseException:
+        process.kill()
+        raise
+    out = finish(process, folder, code=1, timeout=100)
+    assert 'train.py: the other processes of this run cannot be reached' in out
+    assert '--resume auto' in out
+
+
+def test_user_error_in_one_rank_is_reported(folder):
+    for path in json.loads((folder / 'lists' / 'TRAIN_images.json').read_text()):
+        pathlib.Path(path).write_bytes(b'no image')
+    out = run('--iterations', 3, '--checkpoint', 'c.pth', folder=folder, code=1, ranks=2)
+    assert 'JPEGImages/im' in out and 'cannot be decoded' in out

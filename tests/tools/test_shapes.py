@@ -1,0 +1,53 @@
+"""Tests of tools/shapes.py."""
+
+import random
+
+import pytest
+from PIL import Image
+
+from tools import shapes
+from utils import parse_annotation
+
+
+def test_files_are_in_voc_layout_with_the_drawn_boxes(tmp_path, capsys):
+    shapes.main(shapes.Parameters(str(tmp_path), n_train=2, n_test=1, seed=5))
+    splits = {split: (tmp_path / 'ImageSets' / 'Main' / f'{split}.txt').read_text()
+              for split in ('trainval', 'test')}
+    assert splits == {'trainval': '000001\n000002\n', 'test': '000003\n'}
+    assert len([path for path in tmp_path.rglob('*') if path.is_file()]) == 2 * 3 + 2
+    assert f'3 images drawn in {tmp_path}' in capsys.readouterr().out
+    for number in (1, 2, 3):
+        image, objects = shapes.draw_image(random.Random(f'5 {number}'))
+        with Image.open(tmp_path / 'JPEGImages' / f'{number:06d}.jpg') as file:
+            assert file.size == image.size
+        parsed = parse_annotation(tmp_path / 'Annotations' / f'{number:06d}.xml', None)
+        assert parsed == {'boxes': [list(box) for _, box, _, _ in objects],
+                          'labels': [name for name, *_ in objects],
+                          'difficulties': [difficult for _, _, difficult, _ in objects]}
+
+
+def test_same_seed_draws_the_same_image():
+    (image, objects), (same, same_objects), (other, _) = (
+        shapes.draw_image(random.Random(seed)) for seed in ('0 1', '0 1', '1 1'))
+    assert image.tobytes() == same.tobytes() and objects == same_objects
+    assert image.tobytes() != other.tobytes()
+
+
+def test_images_vary_as_a_detection_data_set_should():
+    drawn = [shapes.draw_image(random.Random(seed)) for seed in range(30)]
+    objects = [obj for _, image_objects in drawn for obj in image_objects]
+    assert {name for name, *_ in objects} == set(shapes.OUTLINES)
+    assert {difficult for _, _, difficult, _ in objects} == {True, False}
+    assert {truncated for *_, truncated in objects} == {True, False}
+    assert len({image.size for image, _ in drawn}) == 3
+    for image, image_objects in drawn:
+        for _, (x_min, y_min, x_max, y_max), _, _ in image_objects:
+            assert 0 <= x_min < x_max <= image.width and 0 <= y_min < y_max <= image.height
+
+
+@pytest.mark.parametrize('box, area', [((0, 0, 10, 4), 40), ((3, 3, 3, 3), 0)])
+def test_mask_area_counts_pixels(box, area):
+    mask = Image.new('L', (20, 10))
+    mask.paste(255, box)
+    assert shapes.mask_area(mask) == area
+    assert shapes.mask_area(mask.point(lambda level: level // 5)) == area / 5
