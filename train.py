@@ -185,11 +185,12 @@ def main(p):
                 iteration = train(network, criterion, optimizer, scaler, autocast, train_loader,
                                   p.grad_accumulation, schedule, run, stop_signal)
         barrier()   # until rank 0 has written its files
-    if get_rank() == 0:
-        print(f'{iteration} iterations, written to {p.checkpoint}; log and curves in {log_folder}')
-    if iteration < p.iterations:
         if get_rank() == 0:
-            print(f'stopped; resume with --resume {p.checkpoint}')
+            print(f'{iteration} iterations, written to {p.checkpoint}; log and curves in '
+                  f'{log_folder}')
+            if iteration < p.iterations:
+                print(f'stopped; resume with --resume {p.checkpoint}')
+    if iteration < p.iterations:
         sys.exit(1)     # so that `train.py && eval.py` does not evaluate half a run
 
 
