@@ -26,7 +26,6 @@ from support.training_log import TrainingLog
 from utils import normalize, pad_objects
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CPU = torch.device('cpu')
 
 
 def test_import_loads_no_slow_library():
@@ -118,7 +117,7 @@ def make_stepper():
         model = torch.nn.Linear(3, 2)
         optimizer = train.make_optimizer(model, kind, 5e-4)
         train.set_lr(optimizer, lr)
-        scaler = train.make_scaler(dtype, CPU)
+        scaler = train.make_scaler(dtype, torch.device('cpu'))
 
         def step(factor):
             """Take a step with the loss times `factor`; returns whether the gradients are finite.
@@ -222,10 +221,10 @@ def train_on(make_schedule, tmp_path):
         torch.manual_seed(0)
         model = network()
         optimizer = train.make_optimizer(model, kind, 5e-4)
-        scaler = train.make_scaler(dtype, CPU)
+        scaler = train.make_scaler(dtype, torch.device('cpu'))
         criterion = criterion(model.priors_cxcy)
         autocast = torch.autocast('cpu', dtype, enabled=dtype != torch.float32)
-        with TrainingLog(tmp_path / 'log', 0, 1000, CPU, None, None) as log:
+        with TrainingLog(tmp_path / 'log', 0, 1000, torch.device('cpu'), None, None) as log:
             run = train.Run(model, optimizer, scaler, {}, None, None, log)
             with context or contextlib.nullcontext():
                 train.train(model, criterion, optimizer, scaler, autocast, batches,

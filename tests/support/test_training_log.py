@@ -11,7 +11,6 @@ from model import SSD300
 from support.errors import UserError
 from support.training_log import COLUMNS, TrainingLog, draw_detections, read_log
 
-CPU = torch.device('cpu')
 PATHS = [f'im{i}.jpg' for i in range(4)]
 
 
@@ -19,8 +18,8 @@ PATHS = [f'im{i}.jpg' for i in range(4)]
 def make_log(tmp_path):
     """Return a function that makes a log of batches of two images."""
     def make(start=0, end=1000):
-        return TrainingLog(tmp_path / 'log', start, end, CPU, ShuffledBatches(4, 2, 0, 0, end),
-                           PATHS)
+        batches = ShuffledBatches(4, 2, 0, 0, end)
+        return TrainingLog(tmp_path / 'log', start, end, torch.device('cpu'), batches, PATHS)
     return make
 
 
