@@ -44,8 +44,8 @@ class PascalVOCDataset(Dataset):
         assert len(self.images) == len(self.objects), f'{len(self.images)}, {len(self.objects)}'
         missing = [path for path in self.images if not pathlib.Path(path).is_file()]
         if missing:
-            raise UserError(f'{missing[0]} is missing, as are {len(missing)} of '
-                            f'{len(self.images)} images of {data_folder}; if they have moved, run '
+            raise UserError(f'{len(missing)} of the {len(self.images)} images of {data_folder} are '
+                            f'missing, such as {missing[0]}; if they have moved, run '
                             f'create_data_lists.py again')
 
     def __len__(self):
