@@ -21,7 +21,7 @@ from torchvision.models import VGG16_Weights
 from support.checkpoints import download_weights
 from support.errors import UserError
 from support.l2_rescale import l2_rescale
-from support.published import read_checkpoint
+from support.published import check_classes, read_checkpoint
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -329,6 +329,10 @@ VISUALIZATION = {'min_score': 0.2, 'max_overlap': 0.5, 'top_k': 200}
 # code (nms_param.top_k).
 MAX_CANDIDATES = 400
 
+# Upper bound of the offsets of width and height: 62.5 times the prior's, as in torchvision. No
+# object in an image is that large, but exp() of a diverged network's offsets would overflow.
+MAX_SIZE_OFFSET = 5 * math.log(1000 / 16)
+
 # Constants that belong to the weights: mean and std of the images (red, green, blue, from 0 to 1),
 # and the epsilon of conv4_3's normalization. Weights that were published elsewhere were trained
 # with other values, and bring them along in their state dict.
@@ -400,16 +404,22 @@ class SSD300(nn.Module):
 
         Returns:
             Three lists of N tensors, each by falling score: boxes (n, 4), corners in fractions of
-            the image; labels (n,) int64; scores (n,). n may be 0.
+            the image; labels (n,) int64; scores (n,). n may be 0. Priors whose offsets or
+            probabilities are not finite are left out.
         """
         n_images, n_priors, n_classes = predicted_scores.shape
         assert predicted_locs.shape == (n_images, n_priors, 4), f'locs {predicted_locs.shape}'
         assert n_priors == len(self.priors_cxcy), f'{n_priors} rows, {len(self.priors_cxcy)} priors'
 
         probabilities = predicted_scores.float().softmax(dim=2)             # (N, P, C)
+        # Softmax turns all classes of a prior into NaN if the score of one is infinite or NaN.
+        is_finite = probabilities[:, :, 0].isfinite() & predicted_locs.isfinite().all(dim=2)
+        probabilities.masked_fill_(~is_finite.unsqueeze(2), 0)
         # For each of M candidates the index of its image, class and prior, and its score: (M,) each
         image, label, prior, score = find_candidates(probabilities, min_score)
         locs = predicted_locs[image, prior].float()                         # (M, 4)
+        # Here and not in gcxgcy_to_cxcy(), which stays the exact inverse of the encoding.
+        locs[:, 2:].clamp_(max=MAX_SIZE_OFFSET)
         boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, self.priors_cxcy[prior]))   # (M, 4)
 
         # Indices of the kept boxes. Boxes suppress only boxes of the same class in the same image.
@@ -441,15 +451,15 @@ class SSD300(nn.Module):
                             f'torchvision, ssd.pytorch or a-PyTorch-Tutorial-to-Object-Detection')
         try:
             return cls.from_state(checkpoint)
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (UserError, RuntimeError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()[:200]
-            raise UserError(f'the weights in {path} do not fit an SSD300 of '
-                            f'{len(checkpoint["label_map"])} classes ({reason}); give one that '
-                            f'train.py wrote') from error
+            raise UserError(f'{path} holds no SSD300 of {len(checkpoint["label_map"])} classes '
+                            f'({reason}); give one that train.py wrote') from error
 
     @classmethod
     def from_state(cls, checkpoint):
         """Build a model in evaluation mode from a checkpoint's `model` and `label_map`."""
+        check_classes(checkpoint['model'], checkpoint['label_map'])
         model = cls(n_classes=len(checkpoint['label_map']))
         defaults = {name: getattr(model, name) for name in CONSTANTS}   # for files without them
         model.load_state_dict({**defaults, **checkpoint['model']})

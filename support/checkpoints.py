@@ -1,5 +1,6 @@
 """Checkpoints: dictionaries of tensors, numbers, strings, lists and dictionaries; never code."""
 
+import hashlib
 import os
 import pathlib
 
@@ -11,6 +12,11 @@ from support.processes import get_rank
 # --------------------------------------------------------------------------------------------------
 # Resuming a run
 # --------------------------------------------------------------------------------------------------
+
+# What a run is resumed from, and the tensors that each optimizer keeps per parameter.
+CONTENT = {'iteration': int, 'model': dict, 'optimizer': dict, 'label_map': dict,
+           'parameters': dict}
+OPTIMIZER_STATE = {'sgd': {'momentum_buffer'}, 'adamw': {'step', 'exp_avg', 'exp_avg_sq'}}
 
 
 def find_newest_checkpoint(path):
@@ -58,31 +64,62 @@ def restore(path, model, optimizer, scaler, settings, must_match):
         The number of iterations that the checkpoint has behind it.
 
     Raises:
-        UserError: the file cannot be read, or its classes or optimizer differ from this run's.
+        UserError: the file cannot be read, or its classes, weights or optimizer differ from this
+            run's.
     """
     checkpoint = load_checkpoint(path)
-    missing = {'iteration', 'model', 'optimizer', 'label_map', 'parameters'} - checkpoint.keys()
+    missing = [name for name, kind in CONTENT.items() if not isinstance(checkpoint.get(name), kind)]
     if missing:
-        raise UserError(f'{path} has no {sorted(missing)}; give a checkpoint that train.py wrote')
+        raise UserError(f'{path} has no {missing}; give a checkpoint that train.py wrote')
     if checkpoint['label_map'] != model.label_map:
         raise UserError(f'{path} is for the classes {list(checkpoint["label_map"])[1:]}, the data '
                         f'for {list(model.label_map)[1:]}; give the checkpoint of this data set')
     previous = checkpoint['parameters']
-    if previous['optimizer'] != settings['optimizer']:
-        raise UserError(f'{path} was trained with {previous["optimizer"]}; resume with the same '
-                        f'--optimizer')
+    if previous.get('optimizer') != settings['optimizer']:
+        raise UserError(f'{path} was trained with {previous.get("optimizer")}; resume with the '
+                        f'same --optimizer')
     for name in must_match:
         if previous.get(name) != settings[name] and get_rank() == 0:
             print(f'note: {name} was {previous.get(name)} and is {settings[name]} now, so the '
                   f'weights will differ from those of an uninterrupted run')
-    model.load_state_dict(checkpoint['model'])
-    weight_decays = [group['weight_decay'] for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint['optimizer'])
-    for group, weight_decay in zip(optimizer.param_groups, weight_decays):
-        group['weight_decay'] = weight_decay    # this run's, like every other parameter
-    if previous.get('precision') == settings['precision'] and 'scaler' in checkpoint:
-        scaler.load_state_dict(checkpoint['scaler'])
+    try:
+        model.load_state_dict(checkpoint['model'])
+        load_optimizer_state(optimizer, checkpoint['optimizer'],
+                             OPTIMIZER_STATE[settings['optimizer']])
+        if previous.get('precision') == settings['precision'] and 'scaler' in checkpoint:
+            if not all(isinstance(value, (int, float)) for value in checkpoint['scaler'].values()):
+                raise TypeError('the scaler has values that are not numbers')
+            scaler.load_state_dict(checkpoint['scaler'])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f'{type(error).__name__}: {error}'.splitlines()[-1].strip()[:200]
+        raise UserError(f'{path} does not fit this run ({reason}); give a checkpoint that train.py '
+                        f'wrote') from error
     return checkpoint['iteration']
+
+
+def load_optimizer_state(optimizer, saved, state_names):
+    """Load the state of each parameter. The options of the groups stay those of this run.
+
+    Args:
+        optimizer: modified in place.
+        saved: its state dict in the checkpoint.
+        state_names: names of the tensors that the optimizer keeps per parameter.
+
+    Raises:
+        Exception: the content does not fit the optimizer; the type depends on what is wrong.
+    """
+    own_groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict({'state': saved['state'], 'param_groups': [
+        {**own, 'params': group['params']}
+        for own, group in zip(own_groups, saved['param_groups'], strict=True)]})
+    # PyTorch compares only the number of parameters.
+    for parameter, state in optimizer.state.items():
+        if state.keys() != state_names:
+            raise ValueError(f'the optimizer has {list(state)}, not {sorted(state_names)}')
+        for name, tensor in state.items():
+            shape = () if name == 'step' else parameter.shape
+            if tensor.shape != shape:
+                raise ValueError(f'{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,6 +160,10 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict):
         raise UserError(f'{path} is not a checkpoint of this program: it holds a '
                         f'{type(checkpoint).__name__}; give one that train.py wrote')
+    iteration = checkpoint.get('iteration', 0)
+    if not isinstance(iteration, int) or iteration < 0:
+        raise UserError(f'{path} is damaged: its iteration is not a whole number; give one that '
+                        f'train.py wrote')
     return checkpoint
 
 
@@ -136,10 +177,25 @@ def download_weights(weights, otherwise):
     Raises:
         UserError: the download fails, or the file is damaged.
     """
+    path = pathlib.Path(torch.hub.get_dir(), 'checkpoints', weights.url.rpartition('/')[2])
+    digits = path.stem.rpartition('-')[2]
+    # torch.hub compares the hash only after a download.
+    if path.is_file() and not hash_file(path).startswith(digits):
+        raise UserError(f'{path} is damaged or another file: its SHA-256 hash does not start with '
+                        f'{digits}; remove it, so that it is downloaded again, or {otherwise}')
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # network, disk, or content of the file
-        raise UserError(
-            f'the weights could not be loaded from {weights.url} ({type(error).__name__}: '
-            f'{error}); connect to the network, or put the file into '
-            f'{torch.hub.get_dir()}/checkpoints, or {otherwise}') from error
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+        raise UserError(f'the weights could not be loaded from {weights.url} ({reason}); connect '
+                        f'to the network, or put the file into {path.parent}, or '
+                        f'{otherwise}') from error
+
+
+def hash_file(path):
+    """Compute the SHA-256 hash of a file, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return sha256.hexdigest()

@@ -226,8 +226,38 @@ def named_tensors(module, prefix=''):
 
 
 def count_classes(state):
-    """Return C, from the bias of the first map's class scores."""
-    return len(state[f'{CLASS_CONVS[0]}.bias']) // PUBLISHED_MAPS[0].n_priors_per_cell
+    """Return C, from the first map's convolution for class scores.
+
+    Raises:
+        UserError: the file does not contain that convolution, or not all of it: with strides of 0,
+            a few bytes can have the shape of any number of classes.
+    """
+    name = f'{CLASS_CONVS[0]}.weight'
+    weight = state.get(name)
+    if (not isinstance(weight, torch.Tensor) or weight.dim() != 4 or weight.is_meta
+            or math.prod(weight.shape) * weight.itemsize > weight.untyped_storage().nbytes()):
+        raise UserError(f'it has no complete {name}')
+    return len(weight) // PUBLISHED_MAPS[0].n_priors_per_cell
+
+
+def check_classes(state, label_map):
+    """Check that a label map has one name per class of the weights, before a model is built.
+
+    Args:
+        state: a state dict of `SSD300`.
+        label_map: class names to indices.
+
+    Raises:
+        UserError: the classes differ in number, or are not numbered 0 (background) to C - 1.
+    """
+    n_classes = count_classes(state)
+    if len(label_map) != n_classes:
+        raise UserError(f'its weights have {n_classes} classes, its label_map {len(label_map)}')
+    if (not all(type(name) is str and type(i) is int for name, i in label_map.items())
+            or sorted(label_map.values()) != list(range(n_classes))
+            or label_map.get('background') != 0):
+        raise UserError(f'its label_map has to number {n_classes} names from 0, the background: '
+                        f'{str(label_map)[:80]}')
 
 
 def coco_label_map():
@@ -457,14 +487,20 @@ ALLOWED_FUNCTIONS = {
 }
 
 
-class RestrictedUnpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle._Unpickler):
     """Unpickle tensors, containers and `ModuleState`s, and nothing else.
+
+    The base class is Python's own implementation. The one in C, and the instruction left out here,
+    allocate gigabytes for a damaged number.
 
     Args:
         file: positioned at the start of the pickle.
         make_storage: function of a storage's key, dtype and number of elements; returns a tensor
             of one dimension.
     """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
+                if code != pickle.BYTEARRAY8[0]}
 
     def __init__(self, file, make_storage=None):
         super().__init__(file, encoding='utf-8')

@@ -439,19 +439,24 @@ def without(state, name):
     lambda state: {'model': state, 'label_map': None},
     lambda state: {'model': [1, 2], 'label_map': LABEL_MAP},
     lambda state: {'model': state, 'label_map': without(LABEL_MAP, 'bird')},
+    lambda state: {'model': state, 'label_map': {**LABEL_MAP, 'bird': 7}},
     lambda state: {'model': without(state, 'rescale_factors'), 'label_map': LABEL_MAP},
     lambda state: {'model': {**state, 'rescale_factors': torch.ones(1, 256, 1, 1)},
                    'label_map': LABEL_MAP},
     lambda state: {'model': {**state, 'rescale_factors': 20}, 'label_map': LABEL_MAP},
 ], ids=['list', 'other keys', 'no label map', 'label map None', 'model a list',
-        'other number of classes', 'weight missing', 'other shape', 'not a tensor'])
+        'other number of classes', 'index too high', 'weight missing', 'other shape',
+        'not a tensor'])
 def test_checkpoint_of_another_program_or_model_is_a_user_error(small_model, tmp_path, content):
-    # Names and shapes are those of a model; one number per tensor in the file is enough.
+    # Names and shapes are those of a model; one number per tensor in the file is enough, except
+    # where the classes are counted.
+    whole = 'pred_convs.class_convs.0.weight'
     state = {name: tensor.flatten()[:1].clone().expand(tensor.numel()).view(tensor.shape)
              for name, tensor in small_model.state_dict().items()}
+    state[whole] = small_model.state_dict()[whole].clone()
     path = tmp_path / 'other.pth.tar'
     torch.save(content(state), path)
-    assert path.stat().st_size < 1e5
+    assert path.stat().st_size < 1e6
     with pytest.raises(UserError, match='other.pth.tar'):
         SSD300.from_checkpoint(path)
 
@@ -597,6 +602,46 @@ def test_score_of_0_does_not_exceed_min_score_0(small_model):
                                                          200)
     assert labels[0].tolist() == [2]
     assert (top_scores[0] > 0).all()
+
+
+@pytest.mark.parametrize('part, number', [
+    ('locs', math.inf), ('locs', -math.inf), ('locs', math.nan),
+    ('scores', math.inf), ('scores', math.nan)])    # -inf is a probability of 0
+def test_priors_whose_output_is_not_finite_are_not_detected(small_model, part, number):
+    locs, scores, min_score_of = separated_predictions(2, 4)
+    thresholds = min_score_of(0.5), 0.45, 200       # more than 400 candidates per class
+    is_broken = torch.rand(2, 8732, 1) < 0.2
+    background = torch.tensor([50., 0, 0, 0])
+    expected = small_model.detect_objects(locs, torch.where(is_broken, background, scores),
+                                          *thresholds)
+    {'locs': locs, 'scores': scores}[part][..., 2:3].masked_fill_(is_broken, number)
+    for images in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        detections = small_model.detect_objects(locs[images], scores[images], *thresholds)
+        for entries, expected_entries in zip(detections, expected):
+            for a, b in zip(entries, expected_entries[images], strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('offset', [3e38, 1e4, -1e4, -3e38])
+@pytest.mark.parametrize('columns', [slice(0, 2), slice(2, 4), slice(0, 4)],
+                         ids=['centers', 'sizes', 'both'])
+def test_boxes_of_huge_offsets_are_in_the_image(small_model, offset, columns):
+    locs, scores = torch.zeros(2, 8732, 4), torch.zeros(2, 8732, 4)
+    locs[..., columns] = offset
+    scores[..., 1] = 5
+    for boxes in small_model.detect_objects(locs, scores, 0.5, 0.45, 200)[0]:
+        assert len(boxes) > 0 and boxes.isfinite().all()
+        assert boxes.min() >= 0 and boxes.max() <= 1 and (boxes[:, :2] <= boxes[:, 2:]).all()
+        if offset > 0 and columns == slice(2, 4):
+            assert len(boxes) < 50      # they overlap, so most are suppressed
+
+
+def test_ordinary_offsets_are_not_bounded(small_model, monkeypatch):
+    locs, scores, _ = separated_predictions(1, 4)
+    bounded = small_model.detect_objects(locs, scores, 0.01, 0.45, 200)
+    monkeypatch.setattr('model.MAX_SIZE_OFFSET', math.inf)
+    unbounded = small_model.detect_objects(locs, scores, 0.01, 0.45, 200)
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(bounded, unbounded))
 
 
 def test_presets_of_thresholds(small_model):

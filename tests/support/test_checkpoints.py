@@ -6,9 +6,12 @@ import pickle
 
 import pytest
 import torch
+from torchvision.models import Weights, WeightsEnum
 
 from support.checkpoints import (
+    download_weights,
     find_newest_checkpoint,
+    hash_file,
     load_checkpoint,
     restore,
     save_checkpoint,
@@ -124,6 +127,26 @@ def test_missing_checkpoint_is_a_user_error(tmp_path):
             load_checkpoint(path)
 
 
+# --- downloaded weights ---
+
+
+def test_cached_weights_are_loaded_if_their_hash_is_that_of_the_name(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    folder, weights = tmp_path / 'hub' / 'checkpoints', {'a': torch.ones(2)}
+    folder.mkdir(parents=True)
+    for content in (weights, {'a': MakesFolder(tmp_path / 'made')}):
+        torch.save(content, folder / 'file')
+        digits = hash_file(folder / 'file')[:8]
+        (folder / 'file').rename(folder / f'net-{digits}.pth')
+        net = WeightsEnum('Net', {'ONLY': Weights(f'http://localhost/net-{digits}.pth', None, {})})
+        if content is weights:
+            assert torch.equal(download_weights(net.ONLY, 'stop')['a'], weights['a'])
+            torch.save({'a': torch.zeros(2)}, folder / f'net-{digits}.pth')     # another file
+        with pytest.raises(UserError, match=f'net-{digits}.pth.*or stop'):
+            download_weights(net.ONLY, 'stop')
+    assert not (tmp_path / 'made').exists()
+
+
 # --- resuming a run ---
 
 
@@ -148,6 +171,15 @@ def test_newest_checkpoint_is_the_one_with_more_iterations(tmp_path, capsys):
     last.unlink()
     assert find_newest_checkpoint(last) is None
     assert capsys.readouterr().out.count('note: ') == 2
+
+
+@pytest.mark.parametrize('iteration', ['3', -1, 2.5, torch.zeros(2)], ids=str)
+def test_iteration_is_a_number(iteration, tmp_path, capsys):
+    last, best = tmp_path / 'net.pth.tar', tmp_path / 'net.best.pth.tar'
+    save_checkpoint(last, iteration=1)
+    save_checkpoint(best, iteration=iteration)
+    assert find_newest_checkpoint(last) == str(last)
+    assert 'net.best.pth.tar' in capsys.readouterr().out
 
 
 SETTINGS = {'optimizer': 'sgd', 'precision': 'float32', 'seed': 0, 'lr': 1e-3}
@@ -207,3 +239,38 @@ def test_restore_refuses_other_classes_optimizers_and_files(saved, tmp_path):
     save_checkpoint(tmp_path / 'weights.pth', model=model.state_dict())
     with pytest.raises(UserError, match="weights.pth has no .*'iteration'"):
         restore(tmp_path / 'weights.pth', model, optimizer, scaler, SETTINGS, ())
+
+
+@pytest.mark.parametrize('part, content', [
+    ('iteration', None), ('parameters', 3), ('parameters', {}), ('label_map', [1]), ('model', [1]),
+    ('model', {}), ('model', {'weight': torch.zeros(3, 2), 'bias': torch.zeros(4)}),
+    ('model', {'weight': torch.zeros(3, 2), 'bias': 'text'}), ('optimizer', {}),
+    ('optimizer', lambda saved: {**saved, 'state': 3}),
+    ('optimizer', lambda saved: {**saved, 'state': {0: [1]}}),
+    ('optimizer', lambda saved: {**saved, 'state': {0: {'momentum_buffer': torch.zeros(7)}}}),
+    ('optimizer', lambda saved: {**saved, 'state': {0: {'momentum_buffer': 'text'}}}),
+    ('optimizer', lambda saved: {**saved, 'state': {0: {'exp_avg': torch.zeros(3, 2)}}}),
+    ('optimizer', lambda saved: {**saved, 'state': {9: {'momentum_buffer': torch.zeros(3)}}}),
+    ('optimizer', lambda saved: {**saved, 'param_groups': []}),
+    ('optimizer', lambda saved: {**saved, 'param_groups': [{'params': [[0], [1]]}]}),
+    ('scaler', 3), ('scaler', {'scale': 2.}), ('scaler', lambda saved: {**saved, 'scale': 'text'}),
+])
+def test_checkpoint_that_does_not_fit_is_a_user_error(saved, part, content):
+    path = saved[0]
+    state = load_checkpoint(path)
+    state[part] = content(state[part]) if callable(content) else content
+    save_checkpoint(path, **state)
+    model, optimizer, scaler = make_run()
+    with pytest.raises(UserError, match='net.pth.tar'):
+        restore(path, model, optimizer, scaler, SETTINGS, ())
+
+
+def test_options_of_the_optimizer_are_those_of_this_run(saved):
+    path = saved[0]
+    state = load_checkpoint(path)
+    state['optimizer']['param_groups'][0].update(momentum='text', nesterov=True)
+    save_checkpoint(path, **state)
+    model, optimizer, scaler = make_run()
+    restore(path, model, optimizer, scaler, SETTINGS, ())
+    group, = optimizer.param_groups
+    assert group['momentum'] == 0.9 and not group['nesterov']

@@ -5,14 +5,17 @@ forward pass and the priors as their sources have them, written out below. All w
 nothing is downloaded.
 """
 
+import contextlib
 import io
 import itertools
 import math
 import os
 import pathlib
 import pickle
+import random
 import re
 import sys
+import tracemalloc
 import types
 import zipfile
 
@@ -29,7 +32,12 @@ import utils
 from create_data_lists import write_data_lists
 from model import FEATURE_MAPS, SSD300, VGGBase
 from support import published
-from support.checkpoints import save_checkpoint
+from support.checkpoints import (
+    find_newest_checkpoint,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from support.errors import UserError, make_folder
 from support.published import coco_label_map, download_coco, spread_priors, start_from_coco
 
@@ -160,7 +168,8 @@ def test_torchvision_model_of_other_classes_gets_numbered_names(tmp_path):
         network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=3)
     state = {name: torch.zeros(()).expand(tensor.shape)
              for name, tensor in network.state_dict().items()}
-    torch.save(state, tmp_path / 'three.pth')
+    classes = 'head.classification_head.module_list.0.weight'
+    torch.save({**state, classes: torch.zeros(state[classes].shape)}, tmp_path / 'three.pth')
     labels = SSD300.from_checkpoint(tmp_path / 'three.pth').label_map
     assert labels == {'background': 0, 'class 1': 1, 'class 2': 2}
 
@@ -422,6 +431,7 @@ def test_torchscript_archive_is_refused_without_running_it(tmp_path, monkeypatch
 def test_network_of_other_layers_is_a_user_error(tmp_path, content):
     state = {name: tensor.new_zeros(()).expand(tensor.shape)    # small files
              for name, tensor in ssd_pytorch_state(2).items()}
+    state['conf.0.weight'] = torch.zeros(state['conf.0.weight'].shape)  # the classes are counted
     torch.save(content(state), tmp_path / 'other.pth')
     with pytest.raises(UserError, match='other.pth'):
         SSD300.from_checkpoint(tmp_path / 'other.pth')
@@ -438,6 +448,129 @@ def test_truncated_module_is_a_user_error(tmp_path, is_zip):
             SSD300.from_checkpoint(truncated)
     with pytest.raises(UserError, match='module.pth'):
         SSD300.from_checkpoint(path)    # complete, but not an SSD300
+
+
+def load_vgg():
+    """Load ImageNet weights into a base that has no weights of its own."""
+    VGGBase.load_pretrained_layers(None)
+
+
+@pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])
+@pytest.mark.parametrize('name, read', [
+    ('a.pth', lambda: load_checkpoint('a.pth')),
+    ('a.pth', lambda: SSD300.from_checkpoint('a.pth')),
+    ('a.pth', lambda: restore('a.pth', None, None, None, {}, ())),
+    ('a.pth', lambda: find_newest_checkpoint('a.pth')),
+    ('hub/checkpoints/vgg16-397923af.pth', load_vgg),
+    ('hub/checkpoints/ssd300_vgg16_coco-b556d3b4.pth', lambda: download_coco('...')),
+], ids=['load_checkpoint', 'from_checkpoint', 'resume', 'resume auto', 'VGG-16', 'COCO'])
+def test_code_is_not_run_wherever_a_file_is_read(tmp_path, monkeypatch, name, read, is_zip):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_HOME', '.')
+    pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
+    layer = nn.Conv2d(1, 1, 1)
+    code = layer.extra = Calls(open, 'marker', 'w')
+    for content in (code, {'model': code}, {'backbone.features.0.weight': code},
+                    {'vgg.0.weight': code}, layer, {'model': layer}):
+        torch.save(content, name, _use_new_zipfile_serialization=is_zip)
+        with contextlib.suppress(UserError):
+            assert read() is None
+        assert not pathlib.Path('marker').exists()
+
+
+def mutate(data, rng):
+    """Change a few bytes, or remove or repeat a few."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 3)):
+        i = rng.randrange(len(data))
+        n = rng.choice((1, 1, 4, 8))
+        data[i:i + n] = rng.choice((rng.randbytes(n), b'\xff' * n, b'', 2 * data[i:i + n]))
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])
+def test_mutated_checkpoint_is_loaded_or_a_user_error(tmp_path, is_zip):
+    file, path, rng = io.BytesIO(), tmp_path / 'mutated.pth', random.Random(0)
+    torch.save({'iteration': 3, 'model': {'a': torch.ones(2, 3), 'b': torch.ones(4).bfloat16()},
+                'label_map': {'background': 0}}, file, _use_new_zipfile_serialization=is_zip)
+    for _ in range(int(os.environ.get('SSD_FUZZ', 200))):
+        path.write_bytes(mutate(file.getvalue(), rng))
+        with contextlib.suppress(UserError):
+            published.read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@pytest.mark.parametrize('content', [
+    b'\x80\x02}r\xff\xff\xff\x01.', b'\x80\x05\x96' + (1 << 28).to_bytes(8, 'little') + b'.'],
+    ids=['index of the memo', 'length of a bytearray'])
+def test_damaged_number_of_a_pickle_allocates_nothing(tmp_path, content):
+    (tmp_path / 'damaged.pth').write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match='damaged.pth'):
+            published.read_checkpoint(tmp_path / 'damaged.pth')
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# --- the number of classes ---
+
+
+def stride_0(shape):
+    """Return a tensor of any shape that is one number in a file."""
+    return torch.zeros(()).expand(shape)
+
+
+def million_classes(program, tutorial):
+    """Return the content of a small file that has a million classes."""
+    with torch.device('meta'):
+        if program == 'torchvision':
+            state = ssd300_vgg16(weights=None, weights_backbone=None,
+                                 num_classes=1_000_000).state_dict()
+        else:
+            state = ssd_pytorch_state(1_000_000)
+    if program == 'tutorial':
+        for parameter in tutorial.parameters():
+            parameter.data = stride_0(parameter.shape)
+        tutorial.pred_convs.cl_conv4_3.weight.data = stride_0(state['conf.0.weight'].shape)
+        tutorial.pred_convs.cl_conv4_3.bias.data = stride_0(state['conf.0.bias'].shape)
+        return tutorial
+    if program == 'this one':
+        return {'model': {f'{published.CLASS_CONVS[0]}.weight': stride_0((4_000_000, 512, 3, 3))},
+                'label_map': {'background': 0}}
+    return {name: stride_0(tensor.shape) for name, tensor in state.items()}
+
+
+@pytest.mark.filterwarnings('ignore:Couldn.t retrieve source code')
+@pytest.mark.parametrize('program', ['this one', 'torchvision', 'ssd.pytorch', 'tutorial'])
+def test_nothing_is_built_for_classes_that_a_file_does_not_have(tmp_path, monkeypatch, tutorial,
+                                                                program):
+    torch.save(million_classes(program, tutorial), tmp_path / 'million.pth')
+    for module in ('model', 'support.published'):
+        monkeypatch.setattr(f'{module}.default_label_map', lambda n_classes: pytest.fail('built'))
+    with pytest.raises(UserError, match='million.pth.*no complete pred_convs.class_convs.0.weight'):
+        SSD300.from_checkpoint(tmp_path / 'million.pth')
+
+
+@pytest.mark.parametrize('label_map', [
+    {'background': 0, 'x': 7}, {'background': 0, 'x': 0}, {'background': 1, 'x': 0},
+    {'a': 0, 'b': 1}, {'background': 0, 1: 1}, {'background': 0, 'x': 1.},
+    {'background': 0, 'x': [1]}, {'background': 0}, {'background': 0, 'x': 1, 'y': 2},
+    {'background': 0, **{str(i): i for i in range(1, 100_000)}}], ids=lambda names: str(names)[:40])
+def test_label_map_numbers_the_classes_of_the_weights(monkeypatch, label_map):
+    state = {f'{published.CLASS_CONVS[0]}.weight': torch.zeros(8, 512, 3, 3)}
+    published.check_classes(state, {'background': 0, 'x': 1})
+    monkeypatch.setattr('model.default_label_map', lambda n_classes: pytest.fail('built'))
+    with pytest.raises(UserError, match='label_map'):
+        SSD300.from_state({'model': state, 'label_map': label_map})
+
+
+def test_weights_without_values_have_no_classes():
+    weight = torch.empty(8, 512, 3, 3, device='meta')
+    with pytest.raises(UserError, match='no complete'):
+        published.count_classes({f'{published.CLASS_CONVS[0]}.weight': weight})
 
 
 # --- priors, image constants and classes in a checkpoint ---
@@ -484,7 +617,7 @@ def test_without_a_checkpoint_coco_classes_are_detected(without_checkpoint, down
     assert len(Image.open('found.png').convert('RGB').getcolors(100_000)) > 300   # boxes are drawn
     prediction, = detect.predict([Image.open('photo.png')], min_score=0.1)
     assert set(prediction['labels']) <= set(coco_label_map())
-    assert downloads == [{'progress': True, 'check_hash': True}] * 2
+    assert downloads == [{'progress': True, 'check_hash': True, 'weights_only': True}] * 2
 
 
 def test_named_or_damaged_checkpoint_is_not_replaced_by_coco(without_checkpoint, downloads, capsys):
