@@ -16,7 +16,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import tyro
-from PIL import Image
 from torchvision.datasets import VOCDetection
 from tqdm import tqdm
 
@@ -28,9 +27,9 @@ from support.errors import (
     make_folder,
 )
 from utils import (
-    IMAGE_ERRORS,
     IMAGE_SUFFIXES,
     label_map as voc_label_map,
+    open_image,
     parse_objects,
     read_number,
     read_xml,
@@ -233,7 +232,7 @@ def find_files(folder, split):
 
     image_paths = find_images(folder / 'JPEGImages')
     files = []
-    lines = split_path.read_text('utf-8', 'replace').splitlines()
+    lines = split_path.read_text('utf-8', 'surrogateescape').splitlines()
     for line in filter(None, map(str.strip, lines)):
         # The splits of a single class have a flag after the name: '000012 -1'.
         name = line if line in image_paths else line.split()[0]
@@ -271,7 +270,7 @@ def read_objects(annotation_path, image_path, label_map, skip_broken):
     root = read_xml(annotation_path)
     objects = parse_objects(root, annotation_path, label_map)
     try:
-        width, height = check_image(image_path)
+        width, height = open_image(image_path, decode)
     except BrokenImageError:
         if not skip_broken:
             raise
@@ -280,17 +279,12 @@ def read_objects(annotation_path, image_path, label_map, skip_broken):
     return clean_objects(objects, width, height)
 
 
-def check_image(path):
-    """Decode an image file completely; return its stored width and height."""
-    try:
-        with Image.open(path) as image:
-            size = image.size
-            image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which is faster
-            image.load()
-            return size
-    except IMAGE_ERRORS as error:
-        raise BrokenImageError(f'{path}: cannot be decoded ({error}); replace it, or leave such '
-                               f'images out with --skip-broken') from error
+def decode(image):
+    """Decode an opened image file completely; return its stored width and height."""
+    size = image.size
+    image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which is faster
+    image.load()
+    return size
 
 
 def check_stated_size(root, annotation_path, image_path, width, height):

@@ -39,12 +39,15 @@ from support.images import (
     expand_inputs,
     in_batches,
     is_camera,
+    is_live,
     is_video,
     json_report,
+    limit_pixels,
     make_upright,
-    read_ahead,
+    print_error,
+    print_line,
+    read_batches,
     save_image,
-    try_read_image,
 )
 from support.processes import stop_on_signal
 from support.published import download_coco
@@ -60,7 +63,8 @@ class Parameters:
     """Draw the objects that SSD300 detects in images and videos."""
 
     # Images, videos, folders of them, patterns in quotes ('photos/**/*.jpg'), the number of a
-    # camera, or - for an image on standard input.
+    # camera, the URL of a network stream (rtsp://..., https://...), or - for an image on standard
+    # input.
     inputs: tyro.conf.Positional[tuple[str, ...]]
 
     # --- model ---
@@ -70,6 +74,8 @@ class Parameters:
     checkpoint: str = './checkpoint_ssd300.pth.tar'
     # Images per batch; none: 32 on a GPU, 4 on a CPU.
     batch_size: int | None = None
+    # Skip images with more pixels: even a small file may fill the memory once it is decoded.
+    max_pixels: int = 178_956_970
 
     # --- what is drawn and reported ---
 
@@ -244,7 +250,9 @@ def main(parameters):
     p = parameters
     if not p.inputs:
         raise UserError('no input was named; give one or more images, videos or folders')
-    check_at_least(1, batch_size=1 if p.batch_size is None else p.batch_size, top_k=p.top_k)
+    check_at_least(1, batch_size=1 if p.batch_size is None else p.batch_size, top_k=p.top_k,
+                   max_pixels=p.max_pixels)
+    limit_pixels(p.max_pixels)
     model = load_model(p.checkpoint, p.device)
     detector = Detector(model, p.batch_size or choose_batch_size(model),
                         select_classes(model.label_map, p.classes, p.suppress),
@@ -265,7 +273,7 @@ def main(parameters):
         for path, output in videos:
             if not stopped.is_set():
                 n_failed += annotate_video(path, output, detector, add_to_report, stopped)
-    if stopped.is_set() and not any(is_camera(path) for path in inputs):
+    if stopped.is_set() and not any(is_live(path) for path in inputs):
         raise UserError('interrupted; what was done until then has been written')
     if n_failed:
         n_inputs = len(inputs) + len(problems)
@@ -286,8 +294,7 @@ def annotate_images(paths, detector, add_to_report, stopped):
     n_failed = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(
             total=len(paths), unit='image', disable=len(paths) < 2) as progress:
-        images = read_ahead(pool, try_read_image, [path for path, _ in paths], detector.batch_size)
-        for batch in in_batches(zip(paths, images), detector.batch_size):
+        for batch in read_batches(pool, paths, detector.batch_size):
             n_failed += annotate_batch(batch, pool, detector, add_to_report)
             progress.update(len(batch))
             if stopped.is_set():
@@ -311,7 +318,7 @@ def annotate_batch(batch, pool, detector, add_to_report):
         writes.append(pool.submit(save_image, image, output))
     for (path, output, _), write in zip(readable, writes):
         write.result()
-        tqdm.write(f'{path} -> {output}')
+        print_line(f'{path} -> {output}')
     return len(batch) - len(readable)
 
 
@@ -329,7 +336,7 @@ def annotate_video(path, output, detector, add_to_report, stopped):
     except UserError as error:
         print_error(f'{path}: {error}; skipped')
         return 1
-    tqdm.write(f'{path} -> {output}, {n_frames} frames{", " + writer.note if writer.note else ""}')
+    print_line(f'{path} -> {output}, {n_frames} frames{", " + writer.note if writer.note else ""}')
     if reader.n_broken:
         print_error(f'{path}: {reader.n_broken} frames are broken; skipped')
     if reader.problem:
@@ -340,11 +347,11 @@ def annotate_video(path, output, detector, add_to_report, stopped):
 
 def annotate_frames(path, reader, writer, detector, add_to_report, stopped):
     """Annotate the frames of a reader and write them; returns their number."""
-    # A camera's frames are written as they come, without waiting for a full batch.
-    batch_size = 1 if is_camera(path) else detector.batch_size
+    # Live frames are written as they come, without waiting for a full batch.
+    batch_size = 1 if is_live(path) else detector.batch_size
     n_frames = 0
     with tqdm(total=reader.n_frames, unit='frame', desc=str(path)) as progress:
-        for frames in in_batches(reader, batch_size):
+        for frames in in_batches(reader, batch_size, lambda frame: frame.image.size):
             predictions = detector.predict([frame.image for frame in frames])
             for frame, prediction in zip(frames, predictions):
                 add_to_report(path, prediction, frame=frame.number, time=round(frame.time, 6))
@@ -355,11 +362,6 @@ def annotate_frames(path, reader, writer, detector, add_to_report, stopped):
             if stopped.is_set():
                 break
     return n_frames
-
-
-def print_error(message):
-    """Print a line to standard error, above the progress bar."""
-    tqdm.write(message, file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.functional import pil_to_tensor
 
-from support.errors import UserError
+from support.errors import BrokenImageError, UserError
 
 # --------------------------------------------------------------------------------------------------
 # 1. Classes and labels
@@ -342,28 +342,28 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # re
 FILLER = tuple(round(255 * mean) for mean in IMAGENET_MEAN)     # around the image after a zoom-out
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif')
-# What Pillow raises for a file that it cannot decode.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def read_image(path):
-    """Read an image file as an RGB PIL image, or raise a UserError."""
+    """Read an image file as an RGB PIL image, or raise a BrokenImageError."""
     return open_image(path, to_rgb)
 
 
 def read_image_size(path):
-    """Read width and height of an image file from its header, or raise a UserError."""
+    """Read width and height of an image file from its header, or raise a BrokenImageError."""
     return open_image(path, lambda image: image.size)
 
 
 def open_image(path, function):
-    """Open an image file and apply a function to it; a file that is no image is a UserError."""
+    """Open an image file and apply a function to it, or raise a BrokenImageError."""
     try:
         with Image.open(path) as image:
             return function(image)
-    except IMAGE_ERRORS as error:
-        raise UserError(f'{path}: cannot be decoded ({error}); replace it, or run '
-                        f'create_data_lists.py with --skip-broken') from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a corrupt file may raise any, such as struct.error and TypeError
+        raise BrokenImageError(f'{path}: cannot be decoded ({error}); replace it, or run '
+                               f'create_data_lists.py with --skip-broken') from error
 
 
 def to_rgb(image):

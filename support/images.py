@@ -3,25 +3,30 @@
 Videos are read and written by support/video.py.
 """
 
-import collections
 import contextlib
 import glob
 import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 import sys
+import warnings
 
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from support.errors import UserError, atomic_write, make_folder
-from utils import IMAGE_ERRORS, IMAGE_SUFFIXES, to_rgb
+from support.errors import BrokenImageError, UserError, atomic_write, make_folder
+from utils import IMAGE_SUFFIXES, open_image, read_image_size, to_rgb
 
 # Videos that are read, and those that are written (see `ENCODERS` in support/video.py).
 VIDEO_SUFFIXES = ('.mp4', '.mkv', '.mov', '.avi', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv',
                   '.ts', '.mts', '.m2ts', '.3gp', '.ogv')
 OUTPUT_VIDEO_SUFFIXES = ('.mp4', '.mkv', '.mov', '.avi', '.m4v', '.webm')
+
+# Network streams that are read (see `WHITELISTS` in support/video.py).
+STREAM_PREFIXES = ('http://', 'https://', 'rtsp://', 'rtsps://', 'rtmp://', 'rtmps://')
 
 # --------------------------------------------------------------------------------------------------
 # Inputs and outputs
@@ -29,7 +34,8 @@ OUTPUT_VIDEO_SUFFIXES = ('.mp4', '.mkv', '.mov', '.avi', '.m4v', '.webm')
 
 
 def expand_inputs(inputs):
-    """List the files for names of files, folders and patterns; cameras and - stay as they are.
+    """List the files for names of files, folders and patterns; cameras, URLs and - stay as they
+    are.
 
     Returns:
         The inputs, each once, and a list of messages about folders and patterns without any file.
@@ -39,7 +45,7 @@ def expand_inputs(inputs):
         matches = [name]
         if os.path.isdir(name):
             matches = sorted(str(path) for path in pathlib.Path(name).iterdir())
-        elif glob.has_magic(name) and not os.path.exists(name):
+        elif glob.has_magic(name) and not os.path.exists(name) and not is_stream(name):
             matches = sorted(glob.glob(name, recursive=True))
         if matches != [name]:
             matches = [path for path in matches if os.path.isfile(path)
@@ -55,9 +61,20 @@ def is_camera(name):
     return name.isascii() and name.isdigit() and not os.path.exists(name)
 
 
+def is_stream(name):
+    """Return whether an input is the URL of a network stream."""
+    return str(name).startswith(STREAM_PREFIXES)
+
+
+def is_live(name):
+    """Return whether an input is a camera or a network stream, whose frames are handled one by one.
+    """
+    return is_camera(str(name)) or is_stream(name)
+
+
 def is_video(name):
-    """Return whether an input is a video or a camera."""
-    return is_camera(str(name)) or pathlib.Path(name).suffix.lower() in VIDEO_SUFFIXES
+    """Return whether an input is a video, a camera or a network stream."""
+    return is_live(name) or pathlib.Path(name).suffix.lower() in VIDEO_SUFFIXES
 
 
 def choose_outputs(inputs, output):
@@ -92,7 +109,10 @@ def choose_outputs(inputs, output):
 
 def candidate_names(name):
     """Yield file names for the annotated version of an input: a.jpg, a_2.jpg, a_3.jpg, ..."""
-    path = pathlib.Path({'-': 'stdin'}.get(name, f'camera_{name}' if is_camera(name) else name))
+    if is_stream(name):
+        path = pathlib.Path(name.partition('?')[0].rpartition('@')[2])  # without a password
+    else:
+        path = pathlib.Path({'-': 'stdin'}.get(name, f'camera_{name}' if is_camera(name) else name))
     suffixes, default = ((OUTPUT_VIDEO_SUFFIXES, '.mp4') if is_video(name) else
                          (IMAGE_SUFFIXES, '.png'))
     suffix = path.suffix if path.suffix.lower() in suffixes else default
@@ -136,9 +156,34 @@ def json_report(path):
         json_file.close()  # before it is renamed
 
 
+def print_line(text, file=None):
+    """Print a line above the progress bar; what is not printable in a file's name is escaped."""
+    tqdm.write(''.join(char if char.isprintable() else char.encode('unicode_escape').decode()
+                       for char in text), file=file)
+
+
+def print_error(text):
+    """Print a line as `print_line()`, to standard error."""
+    print_line(text, sys.stderr)
+
+
 # --------------------------------------------------------------------------------------------------
 # Images
 # --------------------------------------------------------------------------------------------------
+
+# Memory for the decoded images of a batch. While objects are detected in it, the next one is read.
+MAX_BATCH_BYTES = 2 ** 29
+
+
+def limit_pixels(max_pixels):
+    """Make Pillow refuse larger images, and print none of its warnings about damaged files.
+
+    Otherwise it warns above `Image.MAX_IMAGE_PIXELS`, and refuses above twice as many.
+    """
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    warnings.filterwarnings('ignore', module='PIL')
+    warnings.simplefilter('error', Image.DecompressionBombWarning)
+    logging.getLogger('PIL').setLevel(logging.CRITICAL)
 
 
 def make_upright(image):
@@ -148,18 +193,22 @@ def make_upright(image):
     """
     upright = to_rgb(ImageOps.exif_transpose(image))
     profile = image.info.get('icc_profile') if image.mode in ('RGB', 'RGBA') else None
-    upright.info = {'icc_profile': profile} if profile else {}
+    # In a corrupt TIFF it can be of any type.
+    upright.info = {'icc_profile': profile} if isinstance(profile, bytes) else {}
     return upright
 
 
 def try_read_image(path):
     """Read an image file (-: standard input), upright and RGB, or return the error that occurred.
     """
+    file = io.BytesIO(sys.stdin.buffer.read()) if path == '-' else path
     try:
-        with Image.open(io.BytesIO(sys.stdin.buffer.read()) if path == '-' else path) as image:
-            return make_upright(image)
-    except IMAGE_ERRORS as error:
-        return error
+        return open_image(file, make_upright)
+    except BrokenImageError as error:
+        reason = error.__cause__
+        if isinstance(reason, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            return UserError(f'more than {Image.MAX_IMAGE_PIXELS} pixels; see --max-pixels')
+        return reason
 
 
 def save_image(image, output):
@@ -168,19 +217,55 @@ def save_image(image, output):
         image.save(temporary, quality=90)
 
 
-def read_ahead(pool, function, items, n_ahead):
-    """Yield function(item) for each item, in order; `n_ahead` more are in work in the pool."""
-    futures = collections.deque()
+def read_batches(pool, paths, size):
+    """Read image files in batches; while one is in use, the pool reads the next one.
+
+    Args:
+        paths: list of (input, output)
+        size: of the batches, see `in_batches()`.
+
+    Yields:
+        Lists of ((input, output), image or error). Each is emptied before the next one is yielded,
+        so that never more than two batches are in memory.
+    """
+    def submit(batch):
+        """Let the pool read a batch."""
+        return [(pair, pool.submit(try_read_image, pair[0])) for pair in batch]
+
+    batches = map(submit, in_batches(paths, size, lambda pair: try_read_size(pair[0])))
+    ahead = next(batches, [])
+    while ahead:
+        futures, ahead = ahead, next(batches, [])
+        images = [(pair, future.result()) for pair, future in futures]
+        futures.clear()     # they hold the images, too
+        yield images
+        images.clear()
+
+
+def try_read_size(path):
+    """Return width and height of an image file, by its header; zeros if that cannot be read."""
+    try:
+        return read_image_size(path)
+    except BrokenImageError:
+        return 0, 0
+
+
+def in_batches(items, size, get_image_size=lambda image: image.size):
+    """Yield lists of up to `size` items, whose images need up to MAX_BATCH_BYTES.
+
+    A larger image is a batch of its own.
+    """
+    batch, n_bytes = [], 0
     for item in items:
-        futures.append(pool.submit(function, item))
-        if len(futures) > n_ahead:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()
-
-
-def in_batches(items, size):
-    """Yield lists of up to `size` items."""
-    items = iter(items)
-    while batch := list(itertools.islice(items, size)):
+        width, height = get_image_size(item)
+        image_bytes = 4 * width * height    # Pillow stores RGB in 4 bytes per pixel
+        if batch and n_bytes + image_bytes > MAX_BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+        batch.append(item)
+        n_bytes += image_bytes
+        if len(batch) == size:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
         yield batch

@@ -1,4 +1,5 @@
-"""Videos, frame by frame: read a file or a camera as images, write images together with the sound.
+"""Videos, frame by frame: read files, cameras and network streams as images, and write images
+together with the sound.
 
 Frames are read one by one, so a video of any length needs the memory of a few frames.
 
@@ -18,11 +19,23 @@ import av
 from PIL import Image
 
 from support.errors import UserError
-from support.images import OUTPUT_VIDEO_SUFFIXES
+from support.images import OUTPUT_VIDEO_SUFFIXES, is_stream
 
 # FFmpeg's input format for a camera, and the name of the camera with a number.
 CAMERAS = {'Linux': ('v4l2', '/dev/video{}'), 'Darwin': ('avfoundation', '{}'),
            'Windows': ('vfwcap', '{}')}
+
+# The protocols and formats that FFmpeg may use for a file, and for a URL by its scheme. A playlist
+# names other files or servers: it is read from a server only, and cannot name a file.
+FILE_FORMATS = 'mov,matroska,avi,mpeg,mpegts,mpegvideo,h264,hevc,m4v,asf,flv,ogg'
+HTTP_FORMATS = f'{FILE_FORMATS},hls,aac,webvtt,mpjpeg,mjpeg'
+WHITELISTS = {'file': ('file', FILE_FORMATS),
+              'http': ('http,https,tcp,tls,crypto', HTTP_FORMATS),
+              'rtsp': ('rtp,udp,tcp,tls', 'rtsp'),
+              'rtmp': ('rtmp,rtmps,tcp,tls', 'flv')}
+
+# The largest frame of H.264's highest level, 6.2. A damaged file may claim any size.
+MAX_PIXELS = 8192 * 4352
 
 # Encoders and their options; the first that FFmpeg was built with is used. crf is the quality: 18
 # is about indistinguishable from the source, +6 halves the file.
@@ -48,7 +61,7 @@ class Frame:
 
 
 class VideoReader:
-    """Iterate over the frames of a video file or a camera.
+    """Iterate over the frames of a video file, a camera or a network stream.
 
     Attributes:
         n_frames: number of frames by the file's header, or estimated from its duration; None if
@@ -58,19 +71,21 @@ class VideoReader:
         audio_packets: packets of sound read so far, not decoded; the writer takes them from here.
     """
 
-    def __init__(self, source):
-        """Open a file, or the camera with a number (int).
+    def __init__(self, source, timeout=30):
+        """Open a file, the URL of a network stream, or the camera with a number (int).
+
+        Args:
+            source: path, URL or number.
+            timeout: seconds without data after which a network stream ends. A live playlist has
+                new data every 5 to 10 seconds.
 
         Raises:
-            UserError: no such file or camera, or it has no frame that can be decoded.
+            UserError: no such input, or it has no frame that can be decoded.
         """
         self.n_broken, self.problem, self.audio_packets = 0, None, collections.deque()
-        input_format, name = None, str(source)
-        if isinstance(source, int):
-            input_format, device = CAMERAS.get(platform.system(), CAMERAS['Linux'])
-            name = device.format(source)
+        name, input_format, options = open_arguments(source)
         try:
-            self._open(name, input_format)
+            self._open(name, input_format, options, timeout if is_stream(source) else None)
         except AV_ERRORS as error:
             problem = f'camera {name} cannot be opened' if input_format else 'cannot be read'
             raise UserError(f'{problem} ({reason_of(error)})') from error
@@ -83,10 +98,17 @@ class VideoReader:
         self.is_rotated = (width, height) == (self.stream.height, self.stream.width) != (
             height, width)
 
-    def _open(self, name, input_format):
-        """Open the file and decode its first frame."""
-        self.container = av.open(name, format=input_format)
+    def _open(self, name, input_format, options, timeout):
+        """Open the input and decode its first frame."""
+        self.container = av.open(name, format=input_format, options=options, timeout=timeout,
+                                 metadata_errors='replace')
         self.stream = self.container.streams.video[0]
+        if self.stream.codec_context is None:
+            raise ValueError('FFmpeg has no decoder for it')
+        if self.stream.width * self.stream.height > MAX_PIXELS:
+            raise ValueError(f'{self.stream.width} x {self.stream.height} pixels; scale it down to '
+                             f'8192 x 4352 or fewer')
+        self.stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # a frame may change
         self.stream.thread_type = 'AUTO'
         self.audio_streams = list(self.container.streams.audio)
         self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
@@ -252,7 +274,10 @@ class VideoWriter:
             packet.dts -= start
             packet.pts = packet.dts if packet.pts is None else packet.pts - start
             packet.stream = audio_copy
-            self.container.mux(packet)
+            try:
+                self.container.mux(packet)
+            except (av.error.ArgumentError, av.error.InvalidDataError):
+                self.note = 'with gaps in its sound, where it is damaged or its times go back'
 
     def __enter__(self):
         return self
@@ -272,6 +297,20 @@ class VideoWriter:
             yield
         except AV_ERRORS as error:
             raise UserError(f'cannot be written ({reason_of(error)})') from error
+
+
+def open_arguments(source):
+    """Return a source's name, format (None: by its content) and options for FFmpeg."""
+    options = {'max_pixels': str(MAX_PIXELS)}
+    if isinstance(source, int):
+        input_format, device = CAMERAS.get(platform.system(), CAMERAS['Linux'])
+        return device.format(source), input_format, options
+    name, scheme = f'file:{source}', 'file'
+    if is_stream(source):
+        name, scheme = source, source.split(':')[0].removesuffix('s')
+    options['protocol_whitelist'], options['format_whitelist'] = WHITELISTS[scheme]
+    options['rtsp_flags'] = 'prefer_tcp'  # UDP loses packets
+    return name, None, options
 
 
 def upright_image(frame):
@@ -297,4 +336,6 @@ def choose_encoder(suffix):
 
 def reason_of(error):
     """Return FFmpeg's message without its number and the name of the file."""
+    if isinstance(error, av.error.ExitError):  # after the timeout of a network stream
+        return 'no data came in time'
     return getattr(error, 'strerror', None) or str(error)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -195,6 +196,12 @@ def remove_image(root):
     return "test.txt.*'b'"
 
 
+def leave_folder(root):
+    Image.new('RGB', (64, 48)).save(root / 'b.jpg')
+    (root / 'ImageSets' / 'Main' / 'test.txt').write_text('a\n../b\n')
+    return "test.txt.*'../b'.*no image of that name"
+
+
 def remove_split(root):
     (root / 'ImageSets' / 'Main' / 'test.txt').unlink()
     return 'test.txt.*no such split.*there are: train'
@@ -206,7 +213,7 @@ def break_layout(root):
 
 
 @pytest.mark.parametrize('break_it', [break_width, break_height, break_image, break_class,
-                                      remove_annotation, remove_image, remove_split,
+                                      remove_annotation, remove_image, leave_folder, remove_split,
                                       break_layout])
 @pytest.mark.parametrize('old_lists', [False, True])
 def test_invalid_folder_is_reported_and_no_list_changes(break_it, old_lists, make_voc, tmp_path):
@@ -252,6 +259,27 @@ def test_skip_broken_leaves_broken_images_out(content, make_voc, tmp_path, capsy
         assert len(lists[f'{split}_objects']) == summary[split]['images'] == 2
         assert count_of(summary[split], 'broken') == 1
     assert 'broken' in capsys.readouterr().out
+
+
+def test_image_is_broken_whatever_exception_it_causes(make_voc, tmp_path, monkeypatch):
+    root = make_voc({'s': {'a': [CAT]}})
+    monkeypatch.setattr('create_data_lists.decode', lambda image: image + 1)
+    with pytest.raises(UserError, match='a.jpg: cannot be decoded .*--skip-broken'):
+        write_data_lists([(root, 's')], [], tmp_path / 'out')
+    summary = write_data_lists([(root, 's')], [], tmp_path / 'out', skip_broken=True)
+    assert count_of(summary['TRAIN'], 'broken') == 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other file systems refuse such names')
+def test_image_name_may_be_no_utf8(make_voc, tmp_path):
+    name = os.fsdecode(b'\xff')
+    root = make_voc({'s': {'a': [CAT]}})
+    for folder, suffix in (('JPEGImages', '.jpg'), ('Annotations', '.xml')):
+        (root / folder / f'a{suffix}').rename(root / folder / f'{name}{suffix}')
+    (root / 'ImageSets' / 'Main' / 's.txt').write_bytes(b'\xff\n')
+    write_data_lists([(root, 's')], [], tmp_path / 'out', LABEL_MAP)
+    path, = read_lists(tmp_path / 'out')['TRAIN_images']
+    assert path == str(root / 'JPEGImages' / f'{name}.jpg') and os.path.exists(path)
 
 
 def test_output_folder_is_checked_before_reading(tmp_path):

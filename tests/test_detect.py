@@ -3,8 +3,10 @@
 import doctest
 import io
 import json
+import os
 import pathlib
 import signal
+import sys
 
 import av
 import pytest
@@ -266,6 +268,22 @@ def test_broken_image_among_many_is_skipped(run, tmp_path, capsys):
     assert error.count('skipped') == 1 and 'in/7.png: cannot be read' in error
     rows = json.loads((tmp_path / 'found.json').read_text())
     assert len(rows) == 29 and all(row['labels'] == ['cat'] for row in rows)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other file systems refuse such names')
+def test_file_may_have_any_name(run, tmp_path, capsys):
+    names = [os.fsdecode(name) for name in (b'a\nb.png', b'c\x1b[2J.png', b'\xff.png')]
+    for name in names:
+        Image.new('RGB', (30, 20)).save(name)
+    (tmp_path / 'broken\n.png').write_bytes(b'no image')
+    assert run(*names, 'broken\n.png', json='found.json') == 1
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [
+        f'{name} -> detections/{name}' for name in (r'a\nb.png', r'c\x1b[2J.png', r'\udcff.png')]
+    assert r'broken\n.png: cannot be read' in output.err
+    rows = json.loads((tmp_path / 'found.json').read_text())
+    assert [row['file'] for row in rows] == names
+    assert {path.name for path in (tmp_path / 'detections').iterdir()} == set(names)
 
 
 def test_user_errors_are_reported_before_anything_is_written(run, tmp_path, capsys):

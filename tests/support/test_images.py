@@ -1,12 +1,14 @@
 """Inputs, outputs, the JSON report and image files of detect.py."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from PIL import Image
 
+from support import images as images_module
 from support.errors import UserError
 from support.images import (
     check_outputs,
@@ -17,7 +19,8 @@ from support.images import (
     is_video,
     json_report,
     make_upright,
-    read_ahead,
+    print_line,
+    read_batches,
     save_image,
     try_read_image,
 )
@@ -99,21 +102,50 @@ def test_unreadable_image_is_returned_as_an_error(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['broken.jpg', 'good.png']
 
 
-def test_read_ahead_keeps_the_order_and_its_limit():
-    started = []
-
-    def square(number):
-        started.append(number)
-        return number ** 2
-
-    with ThreadPoolExecutor(1) as pool:
-        results = read_ahead(pool, square, range(10), n_ahead=3)
-        assert next(results) == 0
-        pool.submit(int).result()   # all work submitted so far is done
-        assert started == [0, 1, 2, 3]
-        assert list(results) == [number ** 2 for number in range(1, 10)]
-
-
-def test_batches_have_the_size_but_for_the_last():
-    assert list(in_batches(iter('abcde'), 2)) == [['a', 'b'], ['c', 'd'], ['e']]
+def test_batches_are_limited_in_number_and_in_bytes(monkeypatch):
+    monkeypatch.setattr(images_module, 'MAX_BATCH_BYTES', 400)
+    widths = [40, 60, 1, 99, 500, 2, 2, 2, 2, 2, 500]
+    assert list(in_batches(widths, 4, lambda width: (width, 1))) == [
+        [40, 60], [1, 99], [500], [2, 2, 2, 2], [2], [500]]
     assert list(in_batches([], 2)) == []
+    images = [Image.new('L', (10, 6)) for _ in range(3)]
+    remaining = iter(images)
+    assert next(in_batches(remaining, 1)) == images[:1]
+    assert list(remaining) == images[1:]    # a full batch does not wait for the next image
+
+
+def test_two_batches_are_in_memory_at_most(monkeypatch):
+    lock, n_bytes, most = threading.Lock(), 0, 0
+
+    class Decoded:
+        """A decoded image, which counts the bytes of all."""
+
+        def __init__(self, path):
+            self.path = path
+            self.count(+1)
+
+        def __del__(self):
+            self.count(-1)
+
+        def count(self, sign):
+            nonlocal n_bytes, most
+            with lock:
+                n_bytes += sign * 4 * int(self.path)
+                most = max(most, n_bytes)
+
+    monkeypatch.setattr(images_module, 'MAX_BATCH_BYTES', 400)
+    monkeypatch.setattr(images_module, 'try_read_size', lambda path: (int(path), 1))
+    monkeypatch.setattr(images_module, 'try_read_image', Decoded)
+    paths = [(width, f'out/{width}') for width in ['30'] * 40 + ['98', '2', '150'] * 10]
+    read = []
+    with ThreadPoolExecutor(4) as pool:
+        for batch in read_batches(pool, paths, 32):
+            read += [(image.path, output) for (_, output), image in batch]
+    assert read == [(path, output) for path, output in paths]
+    assert most <= 400 + 600, f'{most} bytes'   # of a full batch, and of the image that is larger
+    assert n_bytes == 0
+
+
+def test_line_of_a_name_with_unprintable_characters_is_one_line(capsys):
+    print_line('é a\nb\r\x1b[2J\udcff.jpg -> b')
+    assert capsys.readouterr().out == 'é a\\nb\\r\\x1b[2J\\udcff.jpg -> b\n'

@@ -1,5 +1,13 @@
-"""Videos: a copy has the times, sizes, rotation, colors and sound of its source."""
+"""Videos: a copy has the times, sizes, rotation, colors and sound of its source; no input makes the
+reader open another file or server, hang, or fail other than with a UserError."""
 
+import contextlib
+import http.server
+import itertools
+import os
+import random
+import socket
+import threading
 from fractions import Fraction
 
 import av
@@ -7,7 +15,13 @@ import pytest
 import torch
 
 from support.errors import UserError
-from support.images import OUTPUT_VIDEO_SUFFIXES, VIDEO_SUFFIXES
+from support.images import (
+    OUTPUT_VIDEO_SUFFIXES,
+    VIDEO_SUFFIXES,
+    candidate_names,
+    expand_inputs,
+    is_video,
+)
 from support.video import ENCODERS, VideoReader, VideoWriter
 
 
@@ -185,3 +199,174 @@ def test_video_is_not_read_into_memory_as_a_whole(tmp_path):
 
 def test_every_output_suffix_has_an_encoder_and_can_be_read():
     assert tuple(ENCODERS) == OUTPUT_VIDEO_SUFFIXES and set(ENCODERS) <= set(VIDEO_SUFFIXES)
+
+
+def copy_name(url):
+    """Return the first name for the annotated version of a URL, which stays as it is."""
+    assert expand_inputs([url]) == ([url], []) and is_video(url)
+    return next(candidate_names(url))
+
+
+def test_url_is_a_video_and_names_its_output():
+    assert copy_name('rtsp://admin:secret@192.168.1.5:554/stream1') == 'stream1.mp4'
+    assert copy_name('http://[::1]:8000/clips/a.mkv?token=[1]') == 'a.mkv'
+    assert copy_name('rtsp://admin:secret@camera') == 'camera.mp4'
+    assert not is_video('file:a') and not is_video('ftp://host/a')
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Yield the URL of a server of the folder and the list of the paths it is sent; of a path that
+    starts with /half it sends only the first half."""
+    requests, stop = [], threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            """Send a file."""
+            requests.append(self.path)
+            content = (tmp_path / self.path[1:]).read_bytes()
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            is_half = self.path.startswith('/half')
+            self.wfile.write(content[:len(content) // 2] if is_half else content)
+            if is_half:
+                stop.wait(10)
+
+        def log_message(self, *args):
+            """Print nothing."""
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f'http://127.0.0.1:{server.server_port}', requests
+    stop.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+PLAYLISTS = {
+    'concat': 'ffconcat version 1.0\nfile {}\n',
+    'hls': '#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n',
+    'sdp': 'v=0\ns={}\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 26\n'}
+
+
+@pytest.mark.parametrize('kind', PLAYLISTS)
+def test_playlist_opens_neither_files_nor_servers(tmp_path, server, kind):
+    url, requests = server
+    make_video(tmp_path / 'other.ts')
+    for target in ('other.ts', f'{url}/other.ts'):
+        for suffix in ('.mp4', '.m3u8'):
+            path = tmp_path / f'list{suffix}'
+            path.write_text(PLAYLISTS[kind].format(target), encoding='utf-8')
+            with pytest.raises(UserError, match='cannot be read'):
+                VideoReader(path)
+    assert not requests
+
+
+@pytest.mark.parametrize('kind', PLAYLISTS)
+def test_playlist_from_a_server_opens_no_file(tmp_path, server, kind):
+    make_video(tmp_path / 'other.ts')
+    (tmp_path / 'list.m3u8').write_text(
+        PLAYLISTS[kind].format(f'file:{(tmp_path / "other.ts").as_posix()}'), encoding='utf-8')
+    with pytest.raises(UserError, match='cannot be read'):
+        VideoReader(f'{server[0]}/list.m3u8', timeout=5)
+
+
+def test_stream_is_read_from_a_server(tmp_path, server):
+    url, requests = server
+    make_video(tmp_path / 'a.mp4')
+    make_video(tmp_path / 'a.ts')
+    (tmp_path / 'list.m3u8').write_text(PLAYLISTS['hls'].format('a.ts'), encoding='utf-8')
+    for name in ('a.mp4', 'list.m3u8'):
+        with VideoReader(f'{url}/{name}', timeout=20) as reader:
+            assert len(list(reader)) == 12 and reader.problem is None
+    assert requests[-1] == '/a.ts'
+
+
+def test_stream_that_falls_silent_ends(tmp_path, server):
+    make_video(tmp_path / 'half.mp4', 60, options={'movflags': 'faststart'})
+    with VideoReader(f'{server[0]}/half.mp4', timeout=0.5) as reader:
+        assert 10 < len(list(reader)) < 50
+    assert reader.problem == 'no data came in time'
+
+
+@pytest.mark.parametrize('scheme', ['rtsp', 'rtmp'])
+def test_silent_server_is_user_error(scheme):
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        listener.settimeout(2)
+        with pytest.raises(UserError, match='cannot be read'):
+            VideoReader(f'{scheme}://127.0.0.1:{listener.getsockname()[1]}/a', timeout=0.2)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(10)  # the protocol is allowed
+
+
+def test_frames_above_the_largest_size_are_not_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr('support.video.MAX_PIXELS', 64 * 48)
+    small, large = make_video(tmp_path / 'a.ts'), make_video(tmp_path / 'b.ts', size=(128, 96))
+    with pytest.raises(UserError, match='128 x 96 pixels'):
+        VideoReader(large)
+    (tmp_path / 'c.ts').write_bytes(small.read_bytes() + large.read_bytes())
+    with VideoReader(tmp_path / 'c.ts') as reader:
+        assert {frame.image.size for frame in reader} == {(64, 48)} and reader.n_broken
+
+
+def test_unknown_codec_is_user_error(tmp_path):
+    path = make_video(tmp_path / 'a.mp4')
+    path.write_bytes(path.read_bytes().replace(b'avc1', b'none'))
+    with pytest.raises(UserError, match='no decoder'):
+        VideoReader(path)
+
+
+def test_metadata_that_is_not_utf8_is_ignored(tmp_path):
+    path = make_video(tmp_path / 'a.mp4')
+    path.write_bytes(path.read_bytes().replace(b'VideoHandler', b'Vid\xe9oHandler'))
+    with VideoReader(path) as reader:
+        assert len(list(reader)) == 12
+
+
+def test_sound_whose_times_go_back_does_not_end_the_copy(tmp_path):
+    content = make_video(tmp_path / 'a.ts', sound='aac').read_bytes()
+    (tmp_path / 'twice.ts').write_bytes(2 * content)
+    assert 'gaps in its sound' in copy_video(tmp_path / 'twice.ts', tmp_path / 'b.mp4')
+    with VideoReader(tmp_path / 'b.mp4') as reader:
+        assert len(list(reader)) == 24
+
+
+def mutate(content, rng):
+    """Return the bytes of a file with some of them changed, cut off, removed or swapped."""
+    content, kind = bytearray(content), rng.choice(('bytes', 'ends', 'cut', 'remove', 'swap'))
+    i, j = sorted(rng.sample(range(len(content)), 2))
+    n = rng.randrange(1, 400)
+    if kind == 'cut':
+        return content[:j]
+    if kind == 'remove':
+        return content[:j] + content[j + n:]
+    if kind == 'swap':
+        content[i:i + n], content[j:j + n] = content[j:j + n], content[i:i + n]
+        return content
+    for _ in range(rng.choice((1, 4, 16))):
+        # The headers are at the ends.
+        place = rng.randrange(len(content) if kind == 'bytes' else 1000)
+        content[rng.choice((place, -1 - place))] = rng.choice((0, 255, rng.randrange(256)))
+    return content
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.mkv', '.avi', '.mov', '.webm', '.ts'])
+def test_mutated_video_ends_as_frames_or_as_user_error(tmp_path, suffix, capfd):
+    """SSD_FUZZ is the number of mutated files of all formats together."""
+    source = make_video(tmp_path / ('a.ts' if suffix == '.ts' else 'a.mp4'), sound='aac')
+    if source.suffix != suffix:
+        source, _ = tmp_path / f'a{suffix}', copy_video(source, tmp_path / f'a{suffix}')
+    content, path = source.read_bytes(), tmp_path / f'mutated{suffix}'
+    for seed in range(int(os.environ.get('SSD_FUZZ', 60)) // 6):
+        path.write_bytes(mutate(content, random.Random(f'{suffix} {seed}')))
+        with contextlib.suppress(UserError), VideoReader(path) as reader:
+            frames = list(itertools.islice(reader, 200))
+            assert all(frame.image.mode == 'RGB' for frame in frames)
+            with VideoWriter(tmp_path / 'copy.mp4', reader) as writer:
+                for frame in frames:
+                    writer.write(frame)
+    assert capfd.readouterr().err == ''  # FFmpeg's log is off
