@@ -3,10 +3,14 @@
 import contextlib
 import functools
 import glob
+import hashlib
 import os
 import pathlib
+import re
+import secrets
 import sys
 import tempfile
+import time
 
 import torch
 
@@ -31,14 +35,16 @@ def exit_on_user_error(main):
             return main(*args, **kwargs)
         except (UserError, OSError) as error:
             # What a DataLoader's worker raises arrives with the worker's traceback before it.
-            message = str(error).rpartition('UserError: ')[2].strip()
+            message = re.split('UserError: |BrokenImageError: ', str(error))[-1].strip()
         except torch.OutOfMemoryError as error:
             message = f'{str(error).splitlines()[0]} Give a smaller --batch-size'
         except RuntimeError as error:
-            if 'DataLoader worker' not in str(error):
+            if 'DataLoader worker (pid' not in str(error):
                 raise
-            message = (f'{str(error).splitlines()[0]} If it was killed, the machine has too little '
-                       f'memory: give fewer --workers')
+            message = (f'{str(error).splitlines()[0]}. If it was killed, the machine has too '
+                       f'little memory: give fewer --workers. After a bus error it is shared '
+                       f'memory: give fewer --workers, or a container more (docker run '
+                       f'--shm-size=2g)')
         except KeyboardInterrupt:
             message = 'interrupted'
         print(f'{pathlib.Path(sys.argv[0]).name}: {message}', file=sys.stderr)
@@ -69,15 +75,19 @@ def make_folder(folder):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield the path of a temporary file, which is renamed to `path` when the block ends.
+    """Yield the path of an empty temporary file, which is renamed to `path` when the block ends.
 
-    If the block fails, the temporary file is removed and an earlier file at `path` stays.
+    If the block fails, the temporary file is removed and an earlier file at `path` stays. Where
+    `path` is a symbolic link, the link stays and the file that it leads to is replaced.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    target = pathlib.Path(os.path.realpath(path))
+    process = f'{process_namespace()}-{os.getpid()}-{secrets.token_hex(4)}'
+    temporary = target.with_name(f'.{path.stem}.{process}{path.suffix}')
     try:
+        temporary.touch(exist_ok=False)     # a symbolic link of this name is not followed
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except torch.OutOfMemoryError:  # a RuntimeError too, but of the work in the block
         raise
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
@@ -89,11 +99,44 @@ def atomic_write(path):
 
 
 def remove_stale_temporaries(path):
-    """Remove temporary files of `atomic_write(path)` whose process was killed."""
+    """Remove temporary files of `atomic_write(path)` whose process was killed.
+
+    Whether a process of another machine or container still runs is not known: their files in a
+    shared folder are removed when they have not changed for a day.
+    """
     path = pathlib.Path(path)
-    for temporary in path.parent.glob(f'.{glob.escape(path.stem)}.*{path.suffix}'):
-        pid = temporary.name.removesuffix(path.suffix).rpartition('.')[2]
-        # Only where /proc lists the running processes can an ended one be told from a running one.
-        ended = os.path.exists('/proc/self') and not os.path.exists(f'/proc/{pid}')
-        if pid.isdecimal() and ended:
-            temporary.unlink(missing_ok=True)
+    folder, here = pathlib.Path(os.path.realpath(path)).parent, process_namespace()
+    for temporary in folder.glob(f'.{glob.escape(path.stem)}.*{glob.escape(path.suffix)}'):
+        process = temporary.name.removesuffix(path.suffix).rpartition('.')[2]
+        match = re.fullmatch('([0-9a-f]*)-([0-9]{1,9})-[0-9a-f]{8}', process)
+        if match is None:
+            continue
+        namespace, pid = match.groups()
+        has_ended = namespace == here != '' and not is_running(int(pid))
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if has_ended or time.time() - temporary.lstat().st_mtime > 24 * 60 * 60:
+                temporary.unlink()
+
+
+def process_namespace():
+    """Return hex digits that differ between machines, their boots and containers.
+
+    Process numbers identify a process only in one of them. File locks would do without numbers,
+    but on SMB a locked file cannot be written by a second open(). Empty without Linux's /proc.
+    """
+    try:
+        boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text()
+        return hashlib.sha256((boot + os.readlink('/proc/self/ns/pid')).encode()).hexdigest()[:8]
+    except OSError:
+        return ''
+
+
+def is_running(pid):
+    """Return whether a process of this number runs; not for Windows."""
+    try:
+        os.kill(pid, 0)     # no signal, except on Windows, where it ends the process
+    except ProcessLookupError:
+        return False
+    except OSError:     # of another user
+        pass
+    return True

@@ -90,6 +90,8 @@ def recall_at(match, min_score):
 
 FROM_1 = torch.tensor([1., 1., 0., 0.], dtype=torch.float64)    # edges to the devkit's pixels
 DECIMALS = 4    # of a pixel; a network's float32 fraction of 500 pixels is no finer
+MAX_PIXEL = 1e6         # of a corner
+MAX_NAME_BYTES = 200    # of a class
 
 
 def read_image_sizes(paths):
@@ -126,22 +128,35 @@ def image_ids(paths):
     """List the image ids of result files: the files' names without their suffixes.
 
     Raises:
-        UserError: two images of the same name.
+        UserError: a name with white space, which separates the columns; two images of one name.
     """
     ids = {}
     for path in paths:
-        first = ids.setdefault(pathlib.Path(path).stem, path)
+        image_id = pathlib.Path(path).stem
+        if image_id.split() != [image_id]:
+            raise UserError(f'{path!r} has white space in its name, which separates the columns '
+                            f'of a result file; rename it')
+        first = ids.setdefault(image_id, path)
         if first != path:
             raise UserError(f'{first} and {path} have the same name; result files name an image by '
                             f'it alone: rename one, or evaluate their folders one by one')
     return list(ids)
 
 
-def result_path(folder, name):
-    """Compose the path of a class's result file."""
-    if '/' in name or os.sep in name:
-        raise UserError(f'class {name!r} cannot be part of the name of a result file; rename it')
-    return pathlib.Path(folder) / f'comp4_det_test_{name}.txt'
+def result_paths(folder, label_map):
+    """Compose the path of each class's result file: {class name: path}.
+
+    Raises:
+        UserError: a class name that cannot be part of a file's name.
+    """
+    names = [name for name in label_map if name != 'background']
+    for name in names:
+        # File systems take 255 bytes, and a temporary file has a longer name.
+        if ('/' in name or os.sep in name or not name.isprintable()
+                or len(name.encode()) > MAX_NAME_BYTES):
+            raise UserError(f'class {name[:80]!r} cannot be part of the name of a result file; '
+                            f'rename it')
+    return {name: pathlib.Path(folder) / f'comp4_det_test_{name}.txt' for name in names}
 
 
 def write_results(folder, detections, ids, label_map):
@@ -152,14 +167,12 @@ def write_results(folder, detections, ids, label_map):
     image, boxes, labels, scores = concatenate_images(*detections)
     boxes = boxes.double() + FROM_1
     with contextlib.ExitStack() as stack:   # no file is renamed before all are written
-        for name, label in label_map.items():
-            if name == 'background':
-                continue
-            of_class = labels == label
+        for name, path in result_paths(folder, label_map).items():
+            of_class = labels == label_map[name]
             rows = zip(image[of_class].tolist(), scores[of_class].tolist(),
                        boxes[of_class].tolist())
-            path = stack.enter_context(atomic_write(result_path(folder, name)))
-            with open(path, 'w', encoding='utf-8') as file:
+            temporary = stack.enter_context(atomic_write(path))
+            with open(temporary, 'w', encoding='utf-8', errors='surrogateescape') as file:
                 # Nine digits tell any two float32 numbers apart.
                 file.writelines(
                     f'{ids[i]} {score:.9g} {box[0]:.{DECIMALS}f} {box[1]:.{DECIMALS}f} '
@@ -176,7 +189,7 @@ def read_results(folder, ids, label_map):
         UserError: a class without file, a file of another class, a malformed line, an image that
             is not among the ids.
     """
-    paths = {name: result_path(folder, name) for name in label_map if name != 'background'}
+    paths = result_paths(folder, label_map)
     for path in sorted(pathlib.Path(folder).glob('comp4_det_test_*.txt')):
         if path not in paths.values():
             raise UserError(f'{path}: the data has no such class, it has {", ".join(paths)}; take '
@@ -186,11 +199,11 @@ def read_results(folder, ids, label_map):
         if not path.is_file():
             raise UserError(f'{path}: no such file; each class needs one, an empty one if nothing '
                             f'was detected')
-        lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+        lines = path.read_text(encoding='utf-8', errors='surrogateescape').splitlines()
         for line_number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            image_id, *words = line.rsplit(None, 5)
+            image_id, *words = line.split()
             if image_id not in rows:
                 raise UserError(f'{path}, line {line_number}: image {image_id[:80]!r} is not in '
                                 f'the TEST list; give the --data-folder that the files belong to')
@@ -204,13 +217,17 @@ def read_results(folder, ids, label_map):
 def parse_numbers(words, place):
     """Parse the score and the four corners of a line; a UserError names `place`."""
     try:
-        numbers = list(map(float, words))
+        score, x_min, y_min, x_max, y_max = map(float, words)
+        # Boxes may leave the image. One without area ends a pixel before its beginning, or a little
+        # more when rounded.
+        is_valid = (math.isfinite(score) and -MAX_PIXEL < x_min <= x_max + 1.001 < MAX_PIXEL
+                    and -MAX_PIXEL < y_min <= y_max + 1.001 < MAX_PIXEL)
     except ValueError:
-        numbers = []
-    if len(numbers) != 5 or not all(map(math.isfinite, numbers)):
-        raise UserError(f'{place}: {" ".join(words)[:80]!r} is not `score xmin ymin xmax ymax`; '
-                        f'edit it')
-    return numbers
+        is_valid = False
+    if not is_valid:
+        raise UserError(f'{place}: {" ".join(words)[:80]!r} is not `score xmin ymin xmax ymax` of '
+                        f'a box in pixels; edit it')
+    return score, x_min, y_min, x_max, y_max
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,7 +259,8 @@ def draw_precision_recall(matches, label_map, path):
         n_true = match.true_positive.cumsum(0)[match.true_positive]
         n_false = match.false_positive.cumsum(0)[match.true_positive]
         axes.plot((n_true / match.n_objects).tolist(), (n_true / (n_true + n_false)).tolist(),
-                  color=colors[name], label=f'{name} {ap:.4f}')
+                  color=colors[name],
+                  label=f'{name} {ap:.4f}'.replace('$', r'\$'))   # dollars enclose formulas
     axes.set_xlabel('recall = TP / objects')
     axes.set_ylabel('precision = TP / (TP + FP)')
     axes.set_xlim(0, 1)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import subprocess
 
 import pytest
@@ -13,6 +14,7 @@ from support.errors import (
     check_at_least,
     exit_on_user_error,
     make_folder,
+    process_namespace,
     remove_stale_temporaries,
 )
 
@@ -25,7 +27,7 @@ from support.errors import (
     (UserError('photo.jpg: cannot be decoded; replace it'), 'photo.jpg: cannot be decoded'),
     (FileNotFoundError(errno.ENOENT, 'No such file or directory', 'gone.txt'), 'gone.txt'),
     (UserError('Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent '
-               'call last):\n  File "a.py"\nsupport.errors.UserError: photo.jpg: cannot be '
+               'call last):\n  File "a.py"\nsupport.errors.BrokenImageError: photo.jpg: cannot be '
                'decoded\n'), 'photo.jpg: cannot be decoded'),
     (torch.OutOfMemoryError('CUDA out of memory.\nDetails'), 'Give a smaller --batch-size'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), 'fewer --workers'),
@@ -107,12 +109,71 @@ def test_folder_is_created_with_its_parents_and_left_empty(tmp_path):
     assert make_folder(str(folder)) == folder
 
 
+def test_file_has_the_mode_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / 'result.txt') as temporary:
+            temporary.write_text('content')
+    finally:
+        os.umask(before)
+    if os.name == 'posix':
+        assert (tmp_path / 'result.txt').stat().st_mode & 0o777 == 0o640
+
+
+def test_file_that_a_symbolic_link_leads_to_is_replaced(tmp_path):
+    disk, link = tmp_path / 'disk', tmp_path / 'net.pth'
+    disk.mkdir()
+    link.symlink_to(disk / 'content')
+    for content in ('new', 'newer'):    # at first the link leads to no file
+        with atomic_write(link) as temporary:
+            temporary.write_text(content)
+            assert temporary.parent == disk.resolve() and temporary.suffix == '.pth'
+        assert link.is_symlink() and (disk / 'content').read_text() == content
+    stale = disk / f'.net.{process_namespace()}-{end_process()}-01234567.pth'
+    stale.touch()
+    remove_stale_temporaries(link)
+    assert os.listdir(disk) == ['content']
+
+
+def test_symbolic_link_in_place_of_the_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, 'token_hex', lambda n: '01234567')
+    with atomic_write(tmp_path / 'result.txt') as temporary:
+        pass
+    (tmp_path / 'other').write_text('old')
+    temporary.symlink_to(tmp_path / 'other')
+    with pytest.raises(UserError, match='result.txt.*File exists'):
+        with atomic_write(tmp_path / 'result.txt') as temporary:
+            temporary.write_text('new')
+    assert (tmp_path / 'other').read_text() == 'old'
+
+
+def test_temporary_files_of_two_writers_in_a_process_differ(tmp_path):
+    path = tmp_path / 'result.txt'
+    with atomic_write(path) as first, atomic_write(path) as second:
+        assert first != second
+
+
+def end_process():
+    """Return the number of a process that has ended."""
+    process = subprocess.Popen(['true'])
+    process.wait()
+    return process.pid
+
+
 def test_only_temporaries_of_ended_processes_are_removed(tmp_path):
-    ended = subprocess.Popen(['true'])
-    ended.wait()
-    names = [f'.net.pth.{ended.pid}.tar', f'.net.pth.{os.getpid()}.tar', 'net.pth.tar',
-             f'.other.pth.{ended.pid}.tar', '.net.pth.notes.tar']
-    for name in names:
+    ended, here, elsewhere = end_process(), process_namespace(), '01234567'
+    assert here
+    stale = [f'.net.pth.{here}-{ended}-01234567.tar', f'.net.pth.{elsewhere}-1-01234567.tar']
+    kept = [f'.net.pth.{elsewhere}-{ended}-01234567.tar', '.net.pth.notes.tar', 'net.pth.tar',
+            f'.net.pth.{here}-{os.getpid()}-01234567.tar', f'.net.pth.{here}-1-01234567.tar',
+            f'.other.pth.{here}-{ended}-01234567.tar']
+    for name in stale + kept:
         (tmp_path / name).touch()
+    os.utime(tmp_path / stale[1], times=(0, 0))     # not changed for years
     remove_stale_temporaries(tmp_path / 'net.pth.tar')
-    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+    with atomic_write(tmp_path / 'net.pth.tar') as temporary:
+        os.utime(temporary, times=(0, 0))
+        remove_stale_temporaries(tmp_path / 'net.pth.tar')
+        assert not temporary.exists()   # its name is of this form
+        temporary.touch()

@@ -1,6 +1,8 @@
 """Tests of support/evaluation_report.py: the table, result files, mistakes."""
 
 import io
+import os
+import random
 import sys
 
 import pytest
@@ -19,6 +21,10 @@ GROUND_TRUTH = GroundTruth([torch.tensor([[0., 0, 10, 10], [20, 0, 30, 10], [50,
 DETECTIONS = Detections([torch.tensor([[0., 0, 10, 10], [0, 0, 10, 9], [0, 0, 4, 10],
                                        [20, 0, 30, 10], [0, 90, 5, 95]])],
                         [torch.ones(5).long()], [torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])])
+
+# Bytes that are inserted into result files.
+MUTATIONS = [b'', b' ', b'\n', b'\0', b'\xff', b'-', b'.', b'e9', b'1e400', b' nan ', b' -inf ',
+             b'1_0', b'9' * 500, b'a 0.5 9 9 1 1\n', b'\xe2\x80\xa8', b'\x1c', b'0x1']
 
 
 @pytest.fixture
@@ -101,7 +107,9 @@ def test_result_files_of_voc_2007_give_the_same_map(sample_data, tmp_path):
 @pytest.mark.parametrize('name, text, parts', [
     ('cat', 'a 0.5 1 1 2 2\na 0.5 1 1 2\n', ['comp4_det_test_cat.txt, line 2']),
     ('cat', 'a 0.5 1 1 2 x\n', ['cat.txt, line 1', 'score xmin ymin xmax ymax']),
-    ('cat', 'a nan 1 1 2 2\n', ['cat.txt, line 1', 'nan']),
+    *(('cat', f'a {row}\n', ['cat.txt, line 1', row]) for row in (
+        'nan 1 1 2 2', '0.5 1 1 inf 2', '0.5 9 1 2 2', '0.5 1 9 2 2', '0.5 1 1 1e30 2',
+        '0.5 -1e30 1 2 2', '1e999 1 1 2 2', '0.5 1 1 2 2 2')),
     ('cat', '\nz 0.5 1 1 2 2\n', ["line 2: image 'z' is not in the TEST list"]),
     ('cow', '', ['comp4_det_test_cow.txt', 'no such class', 'cat, dog, owl']),
     ('dog', None, ['comp4_det_test_dog.txt: no such file']),
@@ -119,6 +127,57 @@ def test_invalid_result_file_is_a_user_error(tmp_path, name, text, parts):
 def test_images_of_the_same_name_are_a_user_error():
     with pytest.raises(UserError, match='x/a.jpg and y/a.png have the same name'):
         report.image_ids(['x/a.jpg', 'y/a.png'])
+
+
+@pytest.mark.parametrize('name', ['a b', 'a\nb', ' a', 'a\u2028b'])
+def test_image_name_with_white_space_is_a_user_error(name):
+    with pytest.raises(UserError, match='has white space in its name.*rename it'):
+        report.image_ids(['a.jpg', f'x y/{name}.jpg'])
+    assert report.image_ids(['x y/a.jpg']) == ['a']
+
+
+@pytest.mark.parametrize('name', ['a/b', '../a', 'a\0b', 'a\nb', '\udcff', 'a' * 201])
+def test_class_name_that_no_file_can_have_is_a_user_error(tmp_path, name):
+    label_map = {'background': 0, 'cat .. $': 1, name: 2}
+    for function in (report.result_paths, lambda *args: report.read_results(args[0], [], args[1])):
+        with pytest.raises(UserError, match='cannot be part of the name of a result file'):
+            function(tmp_path / 'x', label_map)
+    del label_map[name]
+    path, = report.result_paths(tmp_path, label_map).values()
+    assert path == tmp_path / 'comp4_det_test_cat .. $.txt'
+
+
+def test_image_name_that_is_not_unicode_survives_a_result_file(tmp_path):
+    ids = ['a\udcff']     # as Python decodes the byte 255 of a file's name
+    report.write_results(tmp_path, DETECTIONS, ids, LABEL_MAP)
+    assert torch.equal(report.read_results(tmp_path, ids, LABEL_MAP).boxes[0], DETECTIONS.boxes[0])
+
+
+def test_mutated_result_files_are_read_or_a_user_error(tmp_path):
+    """Set SSD_FUZZ to the number of files; 100 by default."""
+    rng = random.Random(0)
+    report.write_results(tmp_path, DETECTIONS, ['a'], LABEL_MAP)
+    path = tmp_path / 'comp4_det_test_cat.txt'
+    text = path.read_bytes()
+    for _ in range(int(os.environ.get('SSD_FUZZ', 100))):
+        start = rng.randrange(len(text))
+        path.write_bytes(text[:start] + rng.choice(MUTATIONS) + text[start + rng.randrange(3):])
+        try:
+            detections = report.read_results(tmp_path, ['a'], LABEL_MAP)
+        except UserError as error:
+            assert 'comp4_det_test_cat.txt, line ' in str(error) and '\n' not in str(error)
+        else:
+            boxes = detections.boxes[0]
+            assert boxes.isfinite().all() and detections.scores[0].isfinite().all()
+            assert (boxes[:, 2:] - boxes[:, :2] > -0.01).all() and (boxes.abs() < 2e6).all()
+
+
+def test_class_names_with_dollars_are_drawn_as_they_are(tmp_path):
+    """Matplotlib sets what dollars enclose as a formula, and fails on an invalid one."""
+    label_map = {'background': 0, '$_$': 1, 'dog': 2, 'owl': 3}
+    matches = match_classes(DETECTIONS, GROUND_TRUTH, label_map)
+    report.draw_precision_recall(matches, label_map, tmp_path / 'curves.png')
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000
 
 
 def test_kinds_of_mistakes():
