@@ -3,15 +3,16 @@
 N is the number of images in a batch, O the number of objects in an image.
 """
 
-import json
 import pathlib
 import random
+import signal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from support.data_lists import read_lists
 from support.errors import UserError
-from support.processes import get_rank, get_world_size, ignore_signals_in_worker
+from support.processes import block_signals, get_rank, get_world_size, ignore_signals_in_worker
 from utils import pad_objects, read_image, transform
 
 
@@ -37,11 +38,8 @@ class PascalVOCDataset(Dataset):
         self.split = split
         self.keep_difficult = keep_difficult
         self.augment = augment
-        self.images = read_list(data_folder, f'{split}_images')
-        self.objects = read_list(data_folder, f'{split}_objects')
-        self.label_map = read_list(data_folder, 'label_map')
+        self.images, self.objects, self.label_map = read_lists(data_folder, split)
         self.cache = None   # see `ImageCache`
-        assert len(self.images) == len(self.objects), f'{len(self.images)}, {len(self.objects)}'
         missing = [path for path in self.images if not pathlib.Path(path).is_file()]
         if missing:
             raise UserError(f'{len(missing)} of the {len(self.images)} images of {data_folder} are '
@@ -62,20 +60,6 @@ class PascalVOCDataset(Dataset):
             boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
         split = self.split if self.augment else 'TEST'
         return transform(image, boxes, labels, difficulties, split)
-
-
-def read_list(data_folder, name):
-    """Return the content of one of the JSON files that `create_data_lists.py` wrote."""
-    path = pathlib.Path(data_folder) / f'{name}.json'
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}); make the lists with '
-                        f'create_data_lists.py, or give their folder with '
-                        f'--data-folder') from error
-    except ValueError as error:
-        raise UserError(f'{path} is not a list ({error}); make the lists again with '
-                        f'create_data_lists.py') from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,6 +160,19 @@ def collate_padded(batch):
     return images, *pad_objects(boxes, labels)
 
 
+class Loader(DataLoader):
+    """A DataLoader whose workers outlast the signals that stop a run, see `block_signals()`."""
+
+    def __iter__(self):
+        with block_signals():
+            batches = super().__iter__()
+        # DataLoader would raise an error as soon as a worker dies, perhaps in the middle of a step.
+        # Without its handler it does so when the next batch is fetched.
+        if hasattr(signal, 'SIGCHLD'):  # missing on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return batches
+
+
 def make_train_loader(dataset, batches, workers, device):
     """Make the loader of a training run, as `collate_padded()`; its workers live as long as it.
 
@@ -185,7 +182,7 @@ def make_train_loader(dataset, batches, workers, device):
         workers: number of processes that read and augment, 0 for none.
         device: that the batches will be copied to.
     """
-    return DataLoader(
+    return Loader(
         SeededItems(dataset, batches.seed), batch_sampler=batches, collate_fn=collate_padded,
         num_workers=workers, pin_memory=device.type == 'cuda',
         worker_init_fn=ignore_signals_in_worker,
@@ -194,8 +191,11 @@ def make_train_loader(dataset, batches, workers, device):
 
 
 def make_test_loader(dataset, batch_size, workers, device):
-    """Make the loader of an evaluation, as `collate_fn()`; every rank loads each n-th image."""
+    """Make the loader of an evaluation, as `collate_fn()`; every rank loads each n-th image.
+
+    Its workers stay for the next evaluation.
+    """
     share = range(get_rank(), len(dataset), get_world_size())
-    return DataLoader(dataset, batch_size, sampler=share, collate_fn=collate_fn,
-                      num_workers=workers, pin_memory=device.type == 'cuda',
-                      worker_init_fn=ignore_signals_in_worker)
+    return Loader(dataset, batch_size, sampler=share, collate_fn=collate_fn,
+                  num_workers=workers, persistent_workers=workers > 0,
+                  pin_memory=device.type == 'cuda', worker_init_fn=ignore_signals_in_worker)

@@ -24,11 +24,18 @@ from support.evaluation_report import (
     print_table,
     read_image_sizes,
     read_results,
+    result_paths,
     to_pixels,
     write_results,
 )
-from support.processes import all_gather, default_workers, get_rank, process_group
-from utils import Detections, GroundTruth, calculate_mAP, match_classes
+from support.processes import (
+    all_gather,
+    check_shared_memory,
+    default_workers,
+    get_rank,
+    process_group,
+)
+from utils import INPUT_SIZE, Detections, GroundTruth, calculate_mAP, match_classes
 
 
 @dataclasses.dataclass
@@ -72,10 +79,11 @@ class Parameters:
 # --------------------------------------------------------------------------------------------------
 
 
-def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coco=True):
+def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coco=True,
+             autocast=None):
     """Detect objects in all images of a loader and print and return their average precision.
 
-    Runs in float32 on the model's device, always with the thresholds `model.EVALUATION`.
+    Runs on the model's device, always with the thresholds `model.EVALUATION`.
 
     Args:
         test_loader: batches as `datasets.collate_fn()` makes them, of a data set that keeps
@@ -84,18 +92,19 @@ def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coc
         model: an SSD300 with its `label_map`.
         operating_score: score threshold for the recall in the table.
         coco: add COCO's average precision to the table, about 25 s of CPU time for VOC07 test.
+        autocast: context of the forward pass, for another precision than float32.
 
     Returns:
         ({class name: AP}, mAP) by the rule of VOC 2007, NaN for a class without objects; the same
         in every rank.
     """
-    detections, ground_truth = find_detections(test_loader, model)
+    detections, ground_truth = find_detections(test_loader, model, autocast)
     return print_evaluation(detections, ground_truth, model.label_map, operating_score, coco)
 
 
 @torch.no_grad()
-def find_detections(test_loader, model):
-    """Detect objects in all images of a loader.
+def find_detections(test_loader, model, autocast=None):
+    """Detect objects in all images of a loader; see `evaluate()`.
 
     Returns:
         `Detections` and `GroundTruth` of the images of all ranks in their order, boxes in
@@ -107,7 +116,7 @@ def find_detections(test_loader, model):
     detected, annotated = [], []    # rows (n, 6) of each image
     for images, *targets in tqdm(test_loader, 'evaluating', unit='batch', leave=False,
                                  disable=get_rank() > 0):
-        with disable_tf32():
+        with autocast or disable_tf32():
             predicted_locs, predicted_scores = model(
                 model.normalize(images.to(device, non_blocking=True)))
         detected += rows_per_image(
@@ -174,12 +183,15 @@ def main(parameters):
         dataset = PascalVOCDataset(p.data_folder, 'TEST', keep_difficult=True)
         check_dataset(p, model, dataset)
         ids = image_ids(dataset.images) if p.results or p.detections else None
+        if p.results:
+            result_paths(p.results, dataset.label_map)  # raises now what writing them would
         for folder in filter(None, (p.results, p.pictures)):
             make_folder(folder)
 
         if p.detections:
             detections = read_results(p.detections, ids, dataset.label_map)
         else:
+            check_shared_memory(p.workers, p.batch_size * 3 * INPUT_SIZE ** 2)
             model = model.to(device, memory_format=torch.channels_last)
             loader = make_test_loader(dataset, p.batch_size, p.workers, device)
             detections, _ = find_detections(loader, model)

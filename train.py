@@ -38,6 +38,7 @@ from support.processes import (
     all_reduce_sum,
     barrier,
     broadcast_buffers,
+    check_shared_memory,
     default_workers,
     get_rank,
     get_world_size,
@@ -137,6 +138,8 @@ class Parameters:
     device: str = 'auto'
 
 
+# Images in a batch of an evaluation, per rank.
+TEST_BATCH_SIZE = 32
 # Parameters that must not change if a resumed run is to end with the weights of an uninterrupted
 # one.
 MUST_MATCH = ('batch_size', 'lr', 'weight_decay', 'precision', 'decay_lr_at', 'warmup', 'seed',
@@ -168,17 +171,16 @@ def main(p):
 
         criterion = MultiBoxLoss(model.priors_cxcy).to(device)  # the priors of the loaded weights
         network = compile_network_and_loss(
-            p.compile, model, criterion, autocast,
+            p.compile, wrap_distributed(model), criterion, autocast,
             n_images=p.batch_size // (get_world_size() * p.grad_accumulation))
-        network = wrap_distributed(network)
         batches = ShuffledBatches(len(train_set), p.batch_size, p.seed, start, p.iterations)
         train_loader = make_train_loader(train_set, batches, p.workers, device)
-        test_loader = make_test_loader(test_set, 32, p.workers, device)
+        test_loader = make_test_loader(test_set, TEST_BATCH_SIZE, p.workers, device)
 
         log_folder = p.log_folder or sibling_path(p.checkpoint, '_log', keep_suffix=False)
         with TrainingLog(log_folder, start, p.iterations, device, batches,
                          train_set.images) as log:
-            run = Run(model, optimizer, scaler, settings, p.checkpoint, test_loader, log)
+            run = Run(model, optimizer, scaler, settings, p.checkpoint, test_loader, autocast, log)
             if start > 0 and schedule.is_evaluation_due(start) and log.lacks_mAP():
                 run.evaluate(start)     # the run was interrupted in this evaluation
             with stop_on_signal() as stop_signal:
@@ -199,7 +201,7 @@ def train(network, criterion, optimizer, scaler, autocast, train_loader, n_micro
     """Run the iterations of a schedule. Nothing waits for the device between two rows of the log.
 
     Args:
-        network: `run.model`, as it is, or compiled and wrapped for several ranks.
+        network: `run.model`, as it is, or wrapped for several ranks and compiled.
         criterion: a MultiBoxLoss.
         scaler: as from `make_scaler()`.
         autocast: context of the forward pass.
@@ -214,7 +216,7 @@ def train(network, criterion, optimizer, scaler, autocast, train_loader, n_micro
     """
     device, iteration = criterion.priors_cxcy.device, schedule.start
     run.log.restart_clock()
-    for iteration, batch in enumerate(train_loader, schedule.start + 1):
+    for iteration, batch in enumerate_or_save(train_loader, schedule.start, run):
         lr = get_lr(iteration - 1, schedule.lr, schedule.warmup, schedule.decay_lr_at)
         set_lr(optimizer, lr)
 
@@ -240,7 +242,7 @@ def train(network, criterion, optimizer, scaler, autocast, train_loader, n_micro
 
         # One process stops at once; several ranks agree to stop, at the next row.
         if schedule.is_row_due(iteration) or stop_signal.is_set() and get_world_size() == 1:
-            run.log.write_row(iteration, lr)
+            run.log.write_row(iteration, lr, scaler.get_scale())
             stop = is_set_in_any_rank(stop_signal, device)
             if stop or schedule.is_save_due(iteration):
                 run.save(iteration)
@@ -404,25 +406,49 @@ class Run:
     settings: dict  # the parameters, for a resumed run to compare with its own
     checkpoint: str
     test_loader: torch.utils.data.DataLoader
+    autocast: torch.autocast    # evaluations compute in the precision of the training
     log: TrainingLog
 
     def save(self, iteration, path=None):
-        """Write a checkpoint with all that a resumed run needs, to `path` or `checkpoint`."""
+        """Write a checkpoint in rank 0, to `path` or `checkpoint`."""
         if get_rank() == 0:
-            save_checkpoint(path or self.checkpoint, iteration=iteration,
-                            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                            scaler=self.scaler.state_dict(), label_map=self.model.label_map,
-                            parameters=self.settings)
+            self.write_checkpoint(iteration, path or self.checkpoint)
+
+    def write_checkpoint(self, iteration, path):
+        """Write a checkpoint with all that a resumed run needs. It is the same in all ranks."""
+        save_checkpoint(path, iteration=iteration, model=self.model.state_dict(),
+                        optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                        label_map=self.model.label_map, parameters=self.settings)
 
     def evaluate(self, iteration):
         """Log the mAP on the test list, and keep the best checkpoint."""
         self.log.bar.clear()
-        _, mAP = evaluate(self.test_loader, self.model, coco=False)
+        _, mAP = evaluate(self.test_loader, self.model, coco=False, autocast=self.autocast)
         self.log.print(f'{iteration} iterations: mAP {mAP:.4f}')
         if mAP > self.log.best_mAP():
             self.save(iteration, sibling_path(self.checkpoint, '.best'))
         self.log.add_images(self.model, self.test_loader.dataset, iteration)
         self.log.add_mAP(mAP)
+
+
+def enumerate_or_save(train_loader, start, run):
+    """Enumerate batches from `start` + 1; if fetching one fails, save the iterations done before.
+
+    As when a worker was killed, for lack of memory. The rank that it happens to writes the
+    checkpoint, since the others may wait forever for this rank.
+    """
+    iteration = start
+    try:
+        for iteration, batch in enumerate(train_loader, start + 1):
+            yield iteration, batch
+    except Exception as error:
+        if iteration > start:
+            run.write_checkpoint(iteration, run.checkpoint)
+            run.log.bar.clear()
+            print(f'stopped after {iteration} iterations, written to {run.checkpoint}')
+        if isinstance(error, (EOFError, ConnectionError)):  # a worker died while it sent a batch
+            raise RuntimeError('DataLoader worker (pid unknown) exited unexpectedly') from error
+        raise
 
 
 def load_start(p, model, optimizer, scaler, settings):
@@ -438,6 +464,7 @@ def load_start(p, model, optimizer, scaler, settings):
     if path is None:
         if p.pretrained and get_rank() == 0:    # DistributedDataParallel copies its weights
             load_pretrained(model, p.init)
+        barrier()   # a download may take longer than a collective operation waits
         broadcast_buffers(model)    # before the loss takes the priors
         return 0
     start = restore(path, model, optimizer, scaler, settings, MUST_MATCH)
@@ -472,7 +499,9 @@ def check_parameters(p):
         raise UserError(f'batch_size is {p.batch_size}, which {get_world_size()} processes times '
                         f'{p.grad_accumulation} micro-batches do not divide; give a --batch-size '
                         f'that {divisor} divides')
-    make_folder(pathlib.Path(p.checkpoint).parent)
+    n_images = p.batch_size // get_world_size() + TEST_BATCH_SIZE   # in a batch of either loader
+    check_shared_memory(p.workers, n_images * 3 * INPUT_SIZE ** 2)
+    make_folder(pathlib.Path(p.checkpoint).resolve().parent)     # that of a link's target
     if pathlib.Path(p.checkpoint).is_dir():
         raise UserError(f'checkpoint {p.checkpoint} is a folder; give a file in it')
     for path in (p.checkpoint, sibling_path(p.checkpoint, '.best')):
@@ -490,24 +519,26 @@ def load_data_sets(data_folder, augment, batch_size, cache):
     return train_set, PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
 
 
-def compile_network_and_loss(choice, model, criterion, autocast, n_images):
-    """Compile a model and the tensor part of its loss, which is replaced in the criterion.
+def compile_network_and_loss(choice, network, criterion, autocast, n_images):
+    """Compile a network and the tensor part of its loss, which is replaced in the criterion.
 
     Args:
         choice: as `Parameters.compile`.
+        network: an SSD300, or one wrapped in DistributedDataParallel: compiled as one, it is cut
+            into graphs at DDP's buckets, so that gradients are exchanged during the backward pass.
         autocast: context of the forward pass.
         n_images: in a micro-batch.
 
     Returns:
         The network, compiled or not.
     """
-    device = model.priors_cxcy.device
+    device = criterion.priors_cxcy.device
 
     def try_out(network, compute_losses):
         """Run a forward and backward pass without data, which starts the compilation."""
         images = torch.zeros(n_images, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
-        with autocast:
+        with synchronize_gradients(network, is_last=False), autocast:   # a rank may fail alone
             locs, scores = network(normalize(images))
         true_classes = torch.zeros(scores.shape[:2], dtype=torch.int64, device=device)
         true_locs = torch.zeros_like(locs, dtype=torch.float32)
@@ -515,7 +546,7 @@ def compile_network_and_loss(choice, model, criterion, autocast, n_images):
         network.zero_grad()
 
     network, criterion.compute_losses = compile_if_possible(
-        choice, device, (model, criterion.compute_losses), try_out)
+        choice, device, (network, criterion.compute_losses), try_out)
     return network
 
 

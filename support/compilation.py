@@ -13,7 +13,8 @@ def compile_if_possible(choice, device, functions, try_out):
             a CPU it makes no difference (measured, see benchmarks.md).
         functions: functions or modules to compile.
         try_out: function that is called with the compiled ones. torch.compile works at the first
-            call, so this is where it fails, if it does.
+            call, so this is where it fails, if it does. What fails there without the compiler, too,
+            is raised.
 
     Returns:
         The functions, either all compiled or all unchanged.
@@ -27,7 +28,9 @@ def compile_if_possible(choice, device, functions, try_out):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton, a missing C++ compiler, ...
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        try_out(*functions)
+        cause = getattr(error, 'inner_exception', error)    # what the compiler's back end raised
+        problem = f'{type(cause).__name__}: {cause}'.strip().splitlines()[0][:200]
     problems = [problem for problem in all_gather(problem) if problem]
     if not problems:
         return compiled

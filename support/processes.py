@@ -3,10 +3,14 @@
 import contextlib
 import datetime
 import inspect
+import math
+import multiprocessing
 import os
-import re
+import pathlib
+import shutil
 import signal
 import threading
+from multiprocessing import resource_tracker
 
 import torch
 from torch import distributed
@@ -17,6 +21,8 @@ from support.errors import UserError
 
 # How long a rank waits for the others in a collective operation before it fails.
 TIMEOUT = datetime.timedelta(minutes=10)
+# The same at a barrier, where one rank may be downloading weights or decoding images.
+BARRIER_TIMEOUT = datetime.timedelta(days=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,7 +60,8 @@ def process_group(device_name):
         yield device
         distributed.destroy_process_group()
     except RuntimeError as error:
-        if not re.search('connection|closed|reset|nccl|gloo|timed? ?out', str(error).lower()):
+        # Gloo raises a plain RuntimeError that begins with its source file.
+        if not isinstance(error, distributed.DistError) and '/gloo/transport/' not in str(error):
             raise
         raise UserError(f'the other processes of this run cannot be reached; if one has ended, its '
                         f'own message says why. Resume with --resume auto '
@@ -96,15 +103,21 @@ def broadcast_buffers(module):
 
 
 def barrier():
-    """Wait until all ranks have arrived here."""
+    """Wait until all ranks have arrived here, for as long as `BARRIER_TIMEOUT`."""
     if get_world_size() > 1:
-        distributed.barrier()
+        group = distributed.new_group(backend='gloo', timeout=BARRIER_TIMEOUT)
+        distributed.barrier(group)
 
 
 def wrap_distributed(network):
     """Wrap a network in DistributedDataParallel: gradients become the mean over all ranks."""
     if get_world_size() == 1:
         return network
+    for parameter in network.parameters():
+        # Of a size such as (1, C, 1, 1), channels last has other strides than its gradient will
+        # have, and DDP would copy it and warn.
+        if parameter.dim() == 4 and parameter.numel() == parameter.shape[1]:
+            parameter.data = parameter.data.flatten().view(parameter.shape)
     # Buffers are the same in all ranks and stay so. PyTorch 2.15 renamed the option.
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
     no_sync = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
@@ -119,7 +132,39 @@ def wrap_distributed(network):
 def default_workers():
     """Return the number of data loading workers: this rank's share of the cores, at most 16."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(16, n_cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    n_cores = min(n_cores, cpu_quota())
+    return max(1, min(16, int(n_cores / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))))
+
+
+def cpu_quota(folder='/sys/fs/cgroup'):
+    """Return the number of cores whose time a container may use, infinity without a limit."""
+    for names in (('cpu.max',), ('cpu/cpu.cfs_quota_us', 'cpu/cpu.cfs_period_us')):  # cgroup v2, v1
+        with contextlib.suppress(OSError, ValueError):  # missing; 'max'
+            texts = [(pathlib.Path(folder) / name).read_text() for name in names]
+            quota, period = map(int, ' '.join(texts).split())
+            return quota / period if quota > 0 else math.inf
+    return math.inf
+
+
+def check_shared_memory(workers, batch_bytes):
+    """Raise a UserError if the workers' batches do not fit into shared memory (64 MB in Docker).
+
+    Without space for a batch, a loader would wait for it forever.
+
+    Args:
+        workers: number of worker processes per rank and loader.
+        batch_bytes: of a batch, added up over the loaders that a rank uses at the same time.
+    """
+    folder = pathlib.Path('/dev/shm')
+    if workers == 0 or not folder.is_dir():
+        return
+    free = shutil.disk_usage(folder).free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    needed = (2 * workers + 1) * batch_bytes    # each worker has two, and one is in use
+    if needed > free:
+        raise UserError(f'{workers} workers need {needed / 1e6:.0f} MB of shared memory, but '
+                        f'{folder} has {free / 1e6:.0f} MB free per rank; give --workers '
+                        f'{max(0, (free // batch_bytes - 1) // 2)}, or a container more '
+                        f'(docker run --shm-size=2g)')
 
 
 @contextlib.contextmanager
@@ -152,22 +197,43 @@ def stop_on_signal():
         restore_handlers()
 
 
-def ignore_signals_in_worker(worker_id):
-    """Make a worker ignore Ctrl-C, and SIGTERM unless its parent sends it.
+@contextlib.contextmanager
+def block_signals():
+    """Block Ctrl-C and SIGTERM in the processes and threads that are started within the block.
 
-    Such signals often reach all processes of a run, but the parent still needs the batch of the
-    iteration that it finishes.
+    All their threads inherit it, whether processes are forked or spawned, and also the fork server
+    of multiprocessing. The caller itself receives the signals after the block.
+    """
+    if not hasattr(signal, 'sigtimedwait'):     # missing on macOS and Windows
+        yield
+        return
+    resource_tracker.ensure_running()   # the start of the first worker would; it unblocks signals
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def ignore_signals_in_worker(worker_id):
+    """Make a worker that was started within `block_signals()` end with its parent only.
+
+    Ctrl-C and SIGTERM often reach all processes of a run, but the parent still needs the batch of
+    the iteration that it finishes. A worker ends at a SIGTERM from its parent, and if that is gone.
 
     Args:
         worker_id: unused; the signature of a DataLoader's `worker_init_fn`.
     """
+    parent = multiprocessing.parent_process()   # not os.getppid(), which may be the fork server
+
     def wait_for_parent():
-        """End the worker at the first SIGTERM from the parent."""
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        """End the worker when its parent does, or wants it to."""
+        while parent.is_alive():
+            received = signal.sigtimedwait({signal.SIGTERM}, 5)
+            if received and received.si_pid == parent.pid:
+                break
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # missing on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if hasattr(signal, 'sigtimedwait'):
         threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -90,18 +90,19 @@ class TrainingLog:
         self.n_images += n_images
         self.bar.update()
 
-    def write_row(self, iteration, lr):
+    def write_row(self, iteration, lr, scale=1.):
         """Write a row with the means since the last one. All ranks call this together.
 
         Args:
             iteration: number of iterations done.
             lr: learning rate of the last one.
+            scale: of the gradients now, see `train.make_scaler()`.
 
         Raises:
             UserError: too many steps in a row were skipped.
         """
         pending = all_reduce_sum(torch.stack(self.pending)).tolist()    # (iterations, 3)
-        losses = self.select_finite(pending, iteration, lr)
+        losses = self.select_finite(pending, iteration, lr, scale)
         conf_loss, loc_loss = torch.tensor(losses or [(math.nan, math.nan)]).mean(dim=0).tolist()
         seconds = time.perf_counter() - self.clock
         row = dict.fromkeys(COLUMNS, math.nan) | {
@@ -124,12 +125,12 @@ class TrainingLog:
             self.board.flush()
         self.pending, self.n_images = [], 0
 
-    def select_finite(self, pending, iteration, lr):
+    def select_finite(self, pending, iteration, lr, scale):
         """Select the losses of the steps that were taken, and count the others.
 
         Args:
             pending: for each iteration the sums over the ranks of the two losses and `is_finite`.
-            iteration, lr: as in `write_row()`.
+            iteration, lr, scale: as in `write_row()`.
 
         Returns:
             A list of (classification loss, localization loss).
@@ -142,6 +143,9 @@ class TrainingLog:
                 self.n_skipped_in_a_row = 0
                 continue
             self.n_skipped += 1
+            # Gradients of a finite loss overflow until the scale has been halved often enough.
+            if scale > 1 and math.isfinite(conf_loss + loc_loss):
+                continue
             self.n_skipped_in_a_row += 1
             if self.n_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 paths = [self.image_paths[i] for _, i in self.batches.batch(number - 1)]

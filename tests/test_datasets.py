@@ -1,6 +1,6 @@
 """The data set, the order of a run's images, and the loaders."""
 
-import json
+import os
 import random
 
 import pytest
@@ -15,6 +15,7 @@ from datasets import (
     ShuffledBatches,
     collate_fn,
     collate_padded,
+    make_test_loader,
     make_train_loader,
 )
 from support.errors import UserError
@@ -135,11 +136,11 @@ def test_split_is_train_or_test(lists):
         PascalVOCDataset(folder, 'train')
 
 
-def test_lists_of_different_lengths_are_refused(lists):
-    folder, _ = lists({'a': [CAT], 'b': [CAT]})
-    images = json.loads((folder / 'TRAIN_images.json').read_text())
-    (folder / 'TRAIN_images.json').write_text(json.dumps(images[:1]))
-    with pytest.raises((AssertionError, UserError), match='1.*2'):
+def test_label_that_is_no_class_is_a_user_error_from_the_start(lists):
+    folder, _ = lists({'a': [CAT], 'b': [DOG]})
+    path = folder / 'TRAIN_objects.json'
+    path.write_text(path.read_text().replace('"labels": [2]', '"labels": [99]'))
+    with pytest.raises(UserError, match='b.jpg: label 99 is not one of 1 to 2'):
         PascalVOCDataset(folder, 'TRAIN')
 
 
@@ -198,6 +199,16 @@ def test_augmentation_depends_on_seed_and_position_not_on_the_workers(lists):
     assert not torch.equal(items[0, 2][0], items[1, 2][0])
     assert torch.equal(items[0, 2][0], items[0, 2][0])
     assert not torch.equal(items[0, 2][0], SeededItems(dataset, seed=1)[0, 2][0])
+
+
+def test_workers_stay_for_the_next_evaluation(lists, monkeypatch):
+    folder, _ = lists({'a': [CAT]})
+    monkeypatch.setattr(PascalVOCDataset, '__getitem__', lambda dataset, i: (
+        torch.zeros(3, 2, 2), torch.zeros(0, 4), torch.tensor([os.getpid()]), torch.zeros(0)))
+    loader = make_test_loader(PascalVOCDataset(folder, 'TEST'), 1, 1, torch.device('cpu'))
+    (_, _, (first,), _), = loader
+    (_, _, (second,), _), = loader
+    assert first == second != os.getpid()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -72,6 +72,18 @@ def test_evaluate_prints_what_it_returns(loader, capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_precision_is_float32_unless_given(loader, capsys, monkeypatch):
+    def forward(model, images):
+        dtypes.append((images.flatten(1) @ torch.zeros(270_000, 1)).dtype)
+        return images, images
+
+    monkeypatch.setattr(FixedDetections, 'forward', forward)
+    dtypes = []
+    evaluation.evaluate(loader, FixedDetections())
+    evaluation.evaluate(loader, FixedDetections(), autocast=torch.autocast('cpu', torch.bfloat16))
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2     # two batches each
+
+
 def test_find_detections_returns_lists_for_calculate_map(loader):
     detections, ground_truth = evaluation.find_detections(loader, FixedDetections())
     assert [len(boxes) for boxes in detections.boxes] == [3, 3, 3]
@@ -129,6 +141,22 @@ def test_checkpoint_of_other_classes_is_a_user_error(lists, tmp_path, capsys):
         evaluation.main(evaluation.Parameters(data_folder=str(lists), checkpoint=str(path),
                                               device='cpu', workers=0))
     assert "knows the classes ['cow']" in capsys.readouterr().err
+
+
+def test_names_that_no_result_file_can_hold_are_found_before_the_evaluation(
+        make_voc, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, 'find_detections', lambda *args: pytest.fail('evaluated'))
+    for image, class_name, message in (('a b', 'cat', 'white space'), ('a', 'x/y', "'x/y'")):
+        voc = make_voc({'s': {image: [(class_name, (8, 6, 32, 24))]}}, name=f'voc {image}')
+        lists = tmp_path / f'lists {image}'
+        write_data_lists([(voc, 's')], [(voc, 's')], lists)
+        model = FixedDetections()
+        model.label_map = {'background': 0, class_name: 1}
+        monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path, model=model: model)
+        with pytest.raises(SystemExit):
+            evaluation.main(evaluation.Parameters(data_folder=str(lists), device='cpu', workers=0,
+                                                  results=str(tmp_path / 'results')))
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('changes, message', [

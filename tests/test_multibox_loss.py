@@ -332,6 +332,22 @@ def test_infinite_offset_of_a_negative_prior_leaves_loss_and_gradients_finite(co
     assert (gradients[0][~positive] == 0).all() and (gradients[0][positive] != 0).any()
 
 
+def test_batch_without_objects_needs_no_second_compilation(coarse_priors):
+    criterion = MultiBoxLoss(coarse_priors)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    criterion.compute_losses = torch.compile(criterion.compute_losses, backend=count, dynamic=False)
+    for counts in ((6, 3), (0, 0), (1, 0)):
+        boxes = random_objects(*counts)
+        criterion(*random_predictions(2, 190, 5), boxes, random_labels(boxes, 5)).backward()
+    assert len(graphs) == 1
+
+
 def test_loss_and_gradients_of_a_batch_without_objects_are_0(coarse_priors):
     locs, scores = random_predictions(2, 190, 6)
     loss = MultiBoxLoss(coarse_priors)(locs, scores, 2 * [torch.zeros(0, 4)],

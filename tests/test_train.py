@@ -23,7 +23,6 @@ from support.checkpoints import load_checkpoint
 from support.training_log import TrainingLog
 from utils import normalize, pad_objects
 
-
 # --------------------------------------------------------------------------------------------------
 # Schedule and optimizer
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ def train_on(make_schedule, tmp_path):
         criterion = criterion(model.priors_cxcy)
         autocast = torch.autocast('cpu', dtype, enabled=dtype != torch.float32)
         with TrainingLog(tmp_path / 'log', 0, 1000, torch.device('cpu'), None, None) as log:
-            run = train.Run(model, optimizer, scaler, {}, None, None, log)
+            run = train.Run(model, optimizer, scaler, {}, None, None, autocast, log)
             with context or contextlib.nullcontext():
                 train.train(model, criterion, optimizer, scaler, autocast, batches,
                             n_micro_batches, make_schedule(lr=1e-4), run, threading.Event())
@@ -308,7 +307,9 @@ def error_of(capsys, parameters, **changes):
     with pytest.raises(SystemExit) as stop:
         run(parameters, **changes)
     assert stop.value.code == 1
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    err = capsys.readouterr().err
+    assert 'Traceback' not in err
+    return err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
@@ -324,6 +325,20 @@ def test_resumed_run_equals_the_uninterrupted_one_in_every_bit(parameters, tmp_p
     assert a['iteration'] == b['iteration'] == 3
     assert_equal(a['model'], b['model'])
     assert_equal(a['optimizer'], b['optimizer'])
+
+
+def test_evaluations_while_training_are_in_its_precision(parameters, monkeypatch, small_network):
+    def evaluate(test_loader, model, coco, autocast):
+        with autocast:
+            dtypes.append(model(torch.zeros(1, 3, 300, 300))[0].dtype)
+        return {}, 0.5
+
+    monkeypatch.setattr(train, 'evaluate', evaluate)
+    monkeypatch.setattr(TrainingLog, 'add_images', lambda *args: None)
+    dtypes = []
+    for precision in ('bf16', 'float32'):
+        run(parameters, iterations=1, eval_every=1, precision=precision)
+    assert dtypes == [torch.bfloat16, torch.float32]
 
 
 def test_checkpoint_and_what_resumes_from_it(parameters, capsys, tmp_path):
@@ -435,4 +450,4 @@ def test_image_that_cannot_be_decoded_is_named_and_stops_the_run(parameters, cap
     for image in (tmp_path / 'voc' / 'JPEGImages').glob('im*.jpg'):
         image.write_bytes(image.read_bytes()[:300])
     error = error_of(capsys, parameters, workers=workers)
-    assert 'JPEGImages/im' in error and 'cannot be decoded' in error and 'Traceback' not in error
+    assert 'JPEGImages/im' in error and 'cannot be decoded' in error

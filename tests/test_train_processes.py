@@ -87,6 +87,12 @@ def wait_for(condition, process, folder):
         time.sleep(0.02)
 
 
+def child_processes(pid):
+    """Return the numbers of the processes that a process has started."""
+    return [int(child) for path in pathlib.Path(f'/proc/{pid}/task').glob('*/children')
+            for child in path.read_text().split()]
+
+
 def read_log(folder):
     """Return the rows of a `log.csv` as dictionaries of strings."""
     with open(folder / 'log.csv', newline='') as file:
@@ -224,17 +230,68 @@ def test_interrupted_evaluation_is_repeated_and_a_truncated_checkpoint_skipped(f
     assert 'note: c.pth cannot be read as a checkpoint' in out and 'iterations 1 to 2 ' in out
 
 
+@pytest.mark.skipif(not hasattr(signal, 'sigtimedwait'), reason='signals have no sender here')
+def test_preempted_run_and_one_whose_worker_is_killed_lose_no_iteration(folder):
+    """Stop a run by SIGTERM to all of its processes, then by the end of a worker, and resume it.
+
+    The workers are started in each of the three ways that Python has. They get the signal first,
+    and have to serve more iterations than there are batches loaded.
+    """
+    n_iterations = 60 * KILLS
+    words = ('--iterations', n_iterations, '--save-every', 1000, '--eval-every', 0)
+    run(*words, '--checkpoint', 'whole.pth', folder=folder)
+
+    def start_with(method):
+        """Start the run, or resume it, with a start method of multiprocessing."""
+        code = (f'import multiprocessing, runpy\nmultiprocessing.set_start_method({method!r})\n'
+                f'runpy.run_path({str(ROOT / "tests" / "thin.py")!r}, run_name="__main__")')
+        python, _, *arguments = command(*words, '--checkpoint', 'c.pth', '--resume', 'auto')
+        return start([python, '-c', code, *arguments], folder)
+
+    def wait_for_iteration(iteration, process):
+        """Wait until the progress bar shows an iteration."""
+        text = f' {iteration}/{n_iterations}'
+        wait_for(lambda: text in (folder / 'output').read_text(), process, folder)
+
+    done = 0
+    for method in (*('fork', 'forkserver', 'spawn') * KILLS, None):
+        process = start_with(method or 'fork')
+        wait_for_iteration(done + 1, process)
+        if method:
+            for child in child_processes(process.pid):
+                for pid in (*child_processes(child), child):    # of the fork server, and itself
+                    os.kill(pid, signal.SIGTERM)
+            wait_for_iteration(done + 6, process)
+            process.terminate()
+        else:
+            *_, worker = child_processes(process.pid)   # before it, multiprocessing's own one
+            os.kill(worker, signal.SIGKILL)
+        output = finish(process, folder, code=1, timeout=120)
+        before, done = done, load_checkpoint(folder / 'c.pth')['iteration']
+        assert before < done < n_iterations
+        message = 'stopped; resume with' if method else f'stopped after {done} iterations, written'
+        assert message in output and 'Traceback' not in output
+        assert ('train.py: DataLoader worker' in output) == (method is None)
+    finish(start_with('fork'), folder)
+    whole, stopped = (load_checkpoint(folder / f'{name}.pth') for name in ('whole', 'c'))
+    assert_equal_checkpoints(whole, stopped)
+    assert [row['iteration'] for row in read_log(folder / 'c_log')] == [
+        str(iteration) for iteration in range(1, n_iterations + 1)]
+
+
 # --- two ranks ---
 
 
 def test_two_ranks_train_and_evaluate_as_one(folder):
     # Augmentation would add filler of one color, on which the priors' losses are equal: which of
     # them are the hard negatives would depend on rounding.
-    words = ('--iterations', 2, '--eval-every', 0, '--no-augment', '--lr', 1e-4,
+    words = ('--iterations', 3, '--eval-every', 0, '--no-augment', '--lr', 1e-4,
              '--batch-size', 4)
     run(*words, '--checkpoint', 'one.pth', folder=folder)
-    out = run(*words, '--checkpoint', 'two.pth', '--grad-accumulation', 2, folder=folder, ranks=2)
-    assert 'cpu x 2 processes' in out and out.count('2 iterations, written to two.pth') == 1
+    out = run(*words, '--checkpoint', 'two.pth', '--grad-accumulation', 2, '--compile', 'on',
+              folder=folder, ranks=2)
+    assert 'cpu x 2 processes' in out and out.count('3 iterations, written to two.pth') == 1
+    assert 'torch.compile does not work' not in out and 'Grad strides' not in out
     one, two = (load_checkpoint(folder / f'{name}.pth') for name in ('one', 'two'))
     for name, weights in one['model'].items():
         assert torch.allclose(weights, two['model'][name], rtol=0, atol=1e-5), name
@@ -256,12 +313,9 @@ def test_run_ends_if_one_rank_is_killed(folder):
     process = start(words, folder)
     try:
         wait_for(lambda: ' 1/10000' in (folder / 'output').read_text(), process, folder)
-        pids = {}
-        for path in pathlib.Path('/proc').glob('[0-9]*'):
-            if f'PPid:\t{process.pid}\n' in (path / 'status').read_text():
-                rank = re.search(r'\0RANK=(\d)', (path / 'environ').read_text())[1]
-                pids[rank] = int(path.name)
-        os.kill(pids['1'], signal.SIGKILL)
+        for pid in child_processes(process.pid):
+            if '\0RANK=1\0' in pathlib.Path(f'/proc/{pid}/environ').read_text():
+                os.kill(pid, signal.SIGKILL)
     except BaseException:
         process.kill()
         raise

@@ -216,7 +216,7 @@ class OurSide:
         optimizer = make_optimizer(self.model, 'sgd', WEIGHT_DECAY)
         scaler = make_scaler(dtype, device)
         run = Run(self.model, optimizer, scaler, settings={}, checkpoint=None, test_loader=None,
-                  log=log or DiscardingLog())
+                  autocast=autocast, log=log or DiscardingLog())
 
         def train_on(batches, start=0):
             """Train on batches."""

@@ -35,7 +35,26 @@ def test_failing_compilation_prints_a_note_and_changes_nothing(capsys, monkeypat
     function, = compile_if_possible('on', cpu, (double,), lambda f: f(torch.ones(2)))
     assert function is double
     out = capsys.readouterr().out
-    assert out.count('\n') == 1 and 'does not work here (no compiler found)' in out
+    assert out.count('\n') == 1 and 'does not work here (RuntimeError: no compiler found)' in out
+
+
+def test_reason_is_that_of_the_back_end(capsys, monkeypatch, cpu):
+    def fail(graph, inputs):
+        raise ValueError('no such instruction')
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, dynamic: compile_with(f, backend=fail))
+    function, = compile_if_possible('on', cpu, (double,), lambda f: f(torch.ones(2)))
+    assert function is double
+    assert 'does not work here (ValueError: no such instruction)' in capsys.readouterr().out
+
+
+def test_what_fails_without_the_compiler_is_raised(cpu):
+    def divide(x):
+        return x / 0
+
+    with pytest.raises(ZeroDivisionError):
+        compile_if_possible('on', cpu, (divide,), lambda f: f(1))
 
 
 def test_too_little_memory_is_not_a_failure_of_the_compiler(monkeypatch, cpu):

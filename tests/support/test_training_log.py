@@ -27,6 +27,23 @@ def update(log, *losses, is_finite=True):
     log.update(torch.tensor(losses), torch.tensor(is_finite), n_images=2)
 
 
+def test_search_for_the_scale_of_float16_does_not_end_a_run(make_log):
+    with make_log() as log:
+        for _ in range(12):
+            update(log, 1., 1., is_finite=False)
+        log.write_row(12, 0.5, scale=2.)
+        assert log.n_skipped == 12
+        for _ in range(12):     # the scale is not the reason any more
+            update(log, 1., 1., is_finite=False)
+        with pytest.raises(UserError, match='10 times in a row, the last time at iteration 22'):
+            log.write_row(24, 0.5, scale=1.)
+    with make_log() as log:
+        for _ in range(12):
+            update(log, math.nan, 1., is_finite=False)
+        with pytest.raises(UserError, match='10 times in a row'):    # whatever the scale
+            log.write_row(12, 0.5, scale=2.)
+
+
 def test_row_has_the_means_of_the_steps_that_were_taken(make_log, tmp_path, capsys):
     with make_log() as log:
         update(log, 1., 2.)
