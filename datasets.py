@@ -6,6 +6,7 @@ N is the number of images in a batch, O the number of objects in an image.
 import pathlib
 import random
 import signal
+import threading
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -168,7 +169,8 @@ class Loader(DataLoader):
             batches = super().__iter__()
         # DataLoader would raise an error as soon as a worker dies, perhaps in the middle of a step.
         # Without its handler it does so when the next batch is fetched.
-        if hasattr(signal, 'SIGCHLD'):  # missing on Windows
+        is_main = threading.current_thread() is threading.main_thread()     # only it has handlers
+        if is_main and hasattr(signal, 'SIGCHLD'):  # missing on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return batches
 

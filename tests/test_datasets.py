@@ -2,6 +2,7 @@
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -199,6 +200,13 @@ def test_augmentation_depends_on_seed_and_position_not_on_the_workers(lists):
     assert not torch.equal(items[0, 2][0], items[1, 2][0])
     assert torch.equal(items[0, 2][0], items[0, 2][0])
     assert not torch.equal(items[0, 2][0], SeededItems(dataset, seed=1)[0, 2][0])
+
+
+def test_loaders_work_in_any_thread(lists):
+    folder, _ = lists({'a': [CAT], 'b': [DOG]})
+    loader = make_test_loader(PascalVOCDataset(folder, 'TEST'), 1, 1, torch.device('cpu'))
+    with ThreadPoolExecutor() as pool:
+        assert len(pool.submit(list, loader).result()) == 2
 
 
 def test_workers_stay_for_the_next_evaluation(lists, monkeypatch):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import train
 from create_data_lists import Parameters as ListParameters, main as make_lists
 from model import SSD300, MultiBoxLoss, create_prior_boxes
-from support.checkpoints import load_checkpoint
+from support.checkpoints import load_checkpoint, sibling_path
 from support.training_log import TrainingLog
 from utils import normalize, pad_objects
 
@@ -339,6 +339,25 @@ def test_evaluations_while_training_are_in_its_precision(parameters, monkeypatch
     for precision in ('bf16', 'float32'):
         run(parameters, iterations=1, eval_every=1, precision=precision)
     assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_difficult_objects_are_kept_in_both_sets(make_voc, tmp_path):
+    # Training learns from them; evaluation needs them, not to count their detections as errors.
+    voc = make_voc({'s': {'a': [('cat', (5, 5, 30, 30)), ('dog', (20, 10, 60, 45), 1)]}})
+    lists = str(tmp_path / 'lists')
+    make_lists(ListParameters(train=(f'{voc}:s',), test=(f'{voc}:s',), output_folder=lists))
+    for dataset in train.load_data_sets(lists, augment=False, batch_size=1, cache=False):
+        assert dataset[0][3].tolist() == [False, True]
+
+
+def test_best_checkpoint_has_the_highest_map(parameters, monkeypatch, small_network):
+    mAPs = iter((0.2, 0.5, 0.3, 0.4))
+    monkeypatch.setattr(train, 'evaluate', lambda *args, **kwargs: ({}, next(mAPs)))
+    monkeypatch.setattr(TrainingLog, 'add_images', lambda *args: None)
+    run(parameters, iterations=3, eval_every=1)
+    run(parameters, iterations=4, eval_every=1, resume='auto')
+    assert load_checkpoint(parameters.checkpoint)['iteration'] == 4
+    assert load_checkpoint(sibling_path(parameters.checkpoint, '.best'))['iteration'] == 2
 
 
 def test_checkpoint_and_what_resumes_from_it(parameters, capsys, tmp_path):

@@ -175,6 +175,14 @@ def test_suppression_is_greedy_also_with_ties(greedy, max_overlap):
         assert kept.tolist() == greedy(boxes, scores, max_overlap)
 
 
+def test_rows_of_similar_length_are_padded_together():
+    rows = [torch.arange(n) for n in (3, 50, 1, 20, 21, 7, 2, 40)]
+    batches = list(utils.batch_by_length(rows))
+    assert sorted(len(row) for batch in batches for row in batch) == sorted(map(len, rows))
+    assert all(max(map(len, batch)) <= 2 * min(map(len, batch)) for batch in batches)
+    assert len(batches) < len(rows)
+
+
 def test_suppression_of_a_long_chain(greedy):
     # Each box overlaps its two neighbors by 2/3: every second one is kept, one after the other.
     x_min = torch.arange(60.)
