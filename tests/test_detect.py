@@ -190,6 +190,8 @@ def test_other_classes_take_no_place_among_the_best(model):
     image = Image.new('RGB', (200, 100), 'gray')
     prediction, = predict([image], top_k=1, model=model, classes=['cat', 'cow'])
     assert prediction['labels'] == ['cat'] and prediction['boxes'].shape == (1, 4)
+    best, = predict([image], top_k=1, model=model, classes=['cat', 'dog', 'cow'])
+    assert len(best['labels']) == 1     # of two
     nothing, = predict([image], model=model, classes=['cow'])
     assert nothing['labels'] == [] and nothing['boxes'].shape == (0, 4)
     prediction, = predict([image], model=model, classes=['cat', 'dog'], suppress=['dog'])
