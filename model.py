@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import VGG16_Weights
+from torchvision.models import VGG16_BN_Weights, VGG16_Weights
 
+from support.batch_norm import fold_batch_norm, is_norm
 from support.checkpoints import download_weights
 from support.errors import UserError
 from support.l2_rescale import l2_rescale
@@ -191,23 +192,28 @@ class VGGBase(nn.Module):
     def load_pretrained_layers(self):
         """Load torchvision's ImageNet weights of VGG-16, downloaded once (528 MB) and cached.
 
-        They were trained with the mean and std that `utils.normalize()` uses.
+        They were trained with the mean and std that `utils.normalize()` uses. A base with batch
+        normalization (`support/batch_norm.py`) takes those of VGG-16 with batch normalization.
 
         Raises:
             UserError: the weights cannot be downloaded or read.
         """
-        vgg = download_weights(VGG16_Weights.IMAGENET1K_V1,
+        # fc6 and fc7 have no batch normalization in either. That of conv6 and conv7 keeps its
+        # initial mean of 0 and variance of 1.
+        state = {key: tensor for key, tensor in self.state_dict().items() if is_norm(key)}
+        vgg = download_weights((VGG16_BN_Weights if state else VGG16_Weights).IMAGENET1K_V1,
                                otherwise='train from scratch with --no-pretrained')
 
         # conv1_1 to conv5_3: the same layers in the same order. torchvision counts ReLU and pooling
         # layers, too: features.0.weight, features.2.weight, features.5.weight, ...
-        numbers = sorted({int(key.split('.')[1]) for key in vgg if key.startswith('features.')})
-        names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)]
-        names.remove('conv6')
-        names.remove('conv7')
-        assert len(numbers) == len(names), f'{len(numbers)} and {len(names)} convolutions'
-        state = {f'{name}.{kind}': vgg[f'features.{number}.{kind}']
-                 for name, number in zip(names, numbers) for kind in ('weight', 'bias')}
+        features = [key.split('.') for key in vgg if key.startswith('features.')]
+        numbers = sorted({int(number) for _, number, _ in features})
+        names = [name for name, layer in self.named_modules()
+                 if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))
+                 and not name.startswith(('conv6', 'conv7'))]
+        assert len(numbers) == len(names), f'{len(numbers)} and {len(names)} layers'
+        state |= {f'{names[numbers.index(int(number))]}.{kind}': vgg[f'features.{number}.{kind}']
+                  for _, number, kind in features}
 
         # A fully connected layer is a convolution whose kernel covers its whole input: 7x7 cells of
         # 512 channels for fc6, one cell of 4096 channels for fc7. Decimation keeps every 4th filter
@@ -462,7 +468,7 @@ class SSD300(nn.Module):
         check_classes(checkpoint['model'], checkpoint['label_map'])
         model = cls(n_classes=len(checkpoint['label_map']))
         defaults = {name: getattr(model, name) for name in CONSTANTS}   # for files without them
-        model.load_state_dict({**defaults, **checkpoint['model']})
+        model.load_state_dict({**defaults, **fold_batch_norm(checkpoint['model'])})
         model.label_map = checkpoint['label_map']
         return model.eval()
 
@@ -673,13 +679,12 @@ def hard_negatives(cross_entropy, positive, n_hard):
 
     Args:
         cross_entropy: (N, P).
-        positive: (N, P) bool; positives are never selected.
-        n_hard: (N, 1), how many to select per image; fewer where there are fewer negatives.
+        positive: (N, P) bool; they rank last, and count in the loss anyway.
+        n_hard: (N, 1), how many to select per image.
 
     Returns:
         (N, P) bool.
     """
-    n_hard = torch.minimum(n_hard, (~positive).sum(dim=1, keepdim=True))
     ranking = cross_entropy.masked_fill(positive, -math.inf).argsort(dim=1, descending=True)
     place = torch.arange(cross_entropy.shape[1], device=cross_entropy.device)   # (P,)
     # hard[i, ranking[i, k]] = k < n_hard[i]

@@ -22,6 +22,7 @@ import tyro
 from datasets import PascalVOCDataset, ShuffledBatches, make_test_loader, make_train_loader
 from eval import evaluate
 from model import SSD300, MultiBoxLoss
+from support.batch_norm import add_batch_norm, is_norm
 from support.checkpoints import find_newest_checkpoint, restore, save_checkpoint, sibling_path
 from support.compilation import compile_if_possible
 from support.device import choose_precision, configure_gpu
@@ -78,6 +79,11 @@ class Parameters:
     # the scores of those of your classes that COCO has (all of VOC's). It needs a fraction of the
     # schedule: try --iterations 20000 --decay-lr-at 12000 16000.
     init: Literal['imagenet', 'coco'] = 'imagenet'
+    # Batch normalization after each convolution of base and auxiliary layers, folded into them for
+    # detection. Give it with --no-pretrained: the network hardly learns from random weights
+    # otherwise. With pretrained, the start is torchvision's VGG-16 with batch normalization. Mean
+    # and variance are those of each micro-batch of each rank, so give these 8 images or more.
+    batch_norm: bool = False
 
     # --- optimizer ---
 
@@ -88,8 +94,8 @@ class Parameters:
     # iterations, decay_lr_at and warmup.
     batch_size: int = 32
     # Micro-batches per batch and rank, processed one after the other. The gradients are those of
-    # the whole batch, in the memory of a micro-batch: halve the memory with 2 before you halve
-    # the batch.
+    # the whole batch (but see batch_norm), in the memory of a micro-batch: halve the memory with 2
+    # before you halve the batch.
     grad_accumulation: int = 1
     # Learning rate after the warm-up (section 3 of the paper); twice that for biases, as in its
     # code.
@@ -157,7 +163,10 @@ def main(p):
         train_set, test_set = load_data_sets(p.data_folder, p.augment, p.batch_size, p.cache)
 
         torch.manual_seed(p.seed)
-        model = SSD300(len(train_set.label_map)).to(device, memory_format=torch.channels_last)
+        model = SSD300(len(train_set.label_map))
+        if p.batch_norm:
+            add_batch_norm(model)
+        model.to(device, memory_format=torch.channels_last)
         model.label_map = train_set.label_map
         optimizer = make_optimizer(model, p.optimizer, p.weight_decay)
         scaler = make_scaler(dtype, device)
@@ -301,12 +310,17 @@ class Schedule:
 def make_optimizer(model, kind, weight_decay):
     """Make SGD or AdamW with two groups: biases at twice the rate and without weight decay.
 
-    The rate itself is set before each step, see `set_lr()`.
+    The parameters of batch normalization, if there are any, are a third group, without either. The
+    rate itself is set before each step, see `set_lr()`.
     """
-    biases = [p for name, p in model.named_parameters() if name.endswith('.bias')]
-    others = [p for name, p in model.named_parameters() if not name.endswith('.bias')]
+    norms = [p for name, p in model.named_parameters() if is_norm(name)]
+    named = [(name, p) for name, p in model.named_parameters() if not is_norm(name)]
+    biases = [p for name, p in named if name.endswith('.bias')]
+    others = [p for name, p in named if not name.endswith('.bias')]
     groups = [{'params': others, 'rate_factor': 1., 'weight_decay': weight_decay},
               {'params': biases, 'rate_factor': 2., 'weight_decay': 0.}]
+    if norms:
+        groups.append({'params': norms, 'rate_factor': 1., 'weight_decay': 0.})
     if kind == 'adamw':
         return torch.optim.AdamW(groups, fused=True)
     optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, fused=True)
@@ -415,7 +429,10 @@ class Run:
             self.write_checkpoint(iteration, path or self.checkpoint)
 
     def write_checkpoint(self, iteration, path):
-        """Write a checkpoint with all that a resumed run needs. It is the same in all ranks."""
+        """Write a checkpoint with all that a resumed run needs.
+
+        It is the same in all ranks, but for the running statistics of batch normalization.
+        """
         save_checkpoint(path, iteration=iteration, model=self.model.state_dict(),
                         optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                         label_map=self.model.label_map, parameters=self.settings)
@@ -423,6 +440,7 @@ class Run:
     def evaluate(self, iteration):
         """Log the mAP on the test list, and keep the best checkpoint."""
         self.log.bar.clear()
+        broadcast_buffers(self.model)   # each rank has its own running statistics
         _, mAP = evaluate(self.test_loader, self.model, coco=False, autocast=self.autocast)
         self.log.print(f'{iteration} iterations: mAP {mAP:.4f}')
         if mAP > self.log.best_mAP():
@@ -499,6 +517,12 @@ def check_parameters(p):
         raise UserError(f'batch_size is {p.batch_size}, which {get_world_size()} processes times '
                         f'{p.grad_accumulation} micro-batches do not divide; give a --batch-size '
                         f'that {divisor} divides')
+    if p.batch_norm and p.batch_size == divisor:    # conv11_2 has one cell per image
+        raise UserError('batch normalization needs two images per micro-batch and process, more '
+                        'are better; give a larger --batch-size')
+    if p.batch_norm and p.pretrained and p.init == 'coco':
+        raise UserError('the weights of COCO are for a network without batch normalization; leave '
+                        '--batch-norm out, or give --init imagenet')
     n_images = p.batch_size // get_world_size() + TEST_BATCH_SIZE   # in a batch of either loader
     check_shared_memory(p.workers, n_images * 3 * INPUT_SIZE ** 2)
     make_folder(pathlib.Path(p.checkpoint).resolve().parent)     # that of a link's target
@@ -545,9 +569,12 @@ def compile_network_and_loss(choice, network, criterion, autocast, n_images):
         sum(compute_losses(locs, scores, true_locs, true_classes)).backward()
         network.zero_grad()
 
-    network, criterion.compute_losses = compile_if_possible(
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    compiled, criterion.compute_losses = compile_if_possible(
         choice, device, (network, criterion.compute_losses), try_out)
-    return network
+    for buffer, before in zip(network.buffers(), buffers):  # running statistics without the zeros
+        buffer.copy_(before)
+    return compiled
 
 
 def print_summary(p, device, dtype, start, train_set, test_set):

@@ -56,7 +56,8 @@ def restore(path, model, optimizer, scaler, settings, must_match):
     Args:
         path: the checkpoint.
         model, optimizer, scaler: of this run; modified in place.
-        settings: this run's parameters by name, `optimizer` and `precision` among them.
+        settings: this run's parameters by name, `optimizer`, `batch_norm` and `precision` among
+            them.
         must_match: names of the settings that must not change if the resumed run is to end with
             the weights of an uninterrupted one; a note is printed for each that differs.
 
@@ -78,6 +79,10 @@ def restore(path, model, optimizer, scaler, settings, must_match):
     if previous.get('optimizer') != settings['optimizer']:
         raise UserError(f'{path} was trained with {previous.get("optimizer")}; resume with the '
                         f'same --optimizer')
+    if previous.get('batch_norm', False) != settings['batch_norm']:
+        kind, flag = ('without', '--no-') if settings['batch_norm'] else ('with', '--')
+        raise UserError(f'{path} was trained {kind} batch normalization; resume with '
+                        f'{flag}batch-norm')
     for name in must_match:
         if previous.get(name) != settings[name] and get_rank() == 0:
             print(f'note: {name} was {previous.get(name)} and is {settings[name]} now, so the '

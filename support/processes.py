@@ -118,7 +118,8 @@ def wrap_distributed(network):
         # have, and DDP would copy it and warn.
         if parameter.dim() == 4 and parameter.numel() == parameter.shape[1]:
             parameter.data = parameter.data.flatten().view(parameter.shape)
-    # Buffers are the same in all ranks and stay so. PyTorch 2.15 renamed the option.
+    # Constants are the same in all ranks, and train.py copies the running statistics of batch
+    # normalization before an evaluation. PyTorch 2.15 renamed the option.
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
     no_sync = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
     return DistributedDataParallel(network, gradient_as_bucket_view=True, **no_sync)

@@ -182,7 +182,7 @@ def test_iteration_is_a_number(iteration, tmp_path, capsys):
     assert 'net.best.pth.tar' in capsys.readouterr().out
 
 
-SETTINGS = {'optimizer': 'sgd', 'precision': 'float32', 'seed': 0, 'lr': 1e-3}
+SETTINGS = {'optimizer': 'sgd', 'batch_norm': False, 'precision': 'float32', 'seed': 0, 'lr': 1e-3}
 
 
 def make_run(weight_decay=5e-4):
@@ -233,6 +233,8 @@ def test_restore_refuses_other_classes_optimizers_and_files(saved, tmp_path):
     scaler = make_run()[2]
     with pytest.raises(UserError, match='trained with sgd.*--optimizer'):
         restore(path, model, optimizer, scaler, {**SETTINGS, 'optimizer': 'adamw'}, ())
+    with pytest.raises(UserError, match='without batch normalization.*--no-batch-norm'):
+        restore(path, model, optimizer, scaler, {**SETTINGS, 'batch_norm': True}, ())
     model.label_map = {'background': 0, 'cat': 1, 'horse': 2}
     with pytest.raises(UserError, match="'cat', 'dog'.*'cat', 'horse'"):
         restore(path, model, optimizer, scaler, SETTINGS, ())

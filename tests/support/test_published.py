@@ -452,7 +452,7 @@ def test_truncated_module_is_a_user_error(tmp_path, is_zip):
 
 def load_vgg():
     """Load ImageNet weights into a base that has no weights of its own."""
-    VGGBase.load_pretrained_layers(None)
+    VGGBase.load_pretrained_layers(torch.nn.Module())
 
 
 @pytest.mark.parametrize('is_zip', [False, True], ids=['before 1.6', 'since 1.6'])

@@ -1,0 +1,64 @@
+"""Batch normalization for training, folded into the convolutions for detection.
+
+The paper's network has none, and hardly learns from random weights without it.
+
+Running statistics are those of the batches before. Activations that are not finite would make them
+NaN for good. As every layer's input is normalized, that takes weights that have diverged, and then
+the run stops after ten skipped steps, without another checkpoint.
+"""
+
+from torch import nn
+
+from support.published import AUX_CONVS, BASE_CONVS
+
+EPSILON = 1e-5  # added to the variance
+# Tensors of a BatchNorm2d that its output depends on.
+NORM_TENSORS = ('weight', 'bias', 'running_mean', 'running_var')
+
+
+def add_batch_norm(model):
+    """Normalize the output of each convolution of an SSD300's base and auxiliary layers, in place.
+
+    The BatchNorm2d is an attribute `norm` of its convolution, so that the names of the other
+    weights do not change. The bias of the convolution, superfluous before it, stays.
+    """
+    for name in BASE_CONVS + AUX_CONVS:
+        conv = model.get_submodule(name)
+        conv.norm = nn.BatchNorm2d(len(conv.weight), eps=EPSILON)
+        conv.register_forward_hook(normalize_output)
+
+
+def normalize_output(conv, inputs, output):
+    """Normalize a convolution's output: a forward hook."""
+    return conv.norm(output)
+
+
+def is_norm(name):
+    """Return whether a parameter or buffer belongs to an added batch normalization."""
+    return '.norm.' in name
+
+
+def fold_batch_norm(state):
+    """Fold batch normalization into the convolutions of a state dict.
+
+    In evaluation mode it multiplies each channel by a constant and adds another, which weights and
+    bias of the convolution before it can do.
+
+    Args:
+        state: state dict of an SSD300, with batch normalization or without.
+
+    Returns:
+        The state dict of an SSD300 without, whose outputs are the same. Computed in float64.
+    """
+    folded = dict(state)
+    for name in BASE_CONVS + AUX_CONVS:
+        keys = [f'{name}.{key}' for key in ('weight', 'bias')]
+        norm_keys = [f'{name}.norm.{key}' for key in NORM_TENSORS]
+        if all(key in folded for key in keys + norm_keys):
+            weight, bias = (folded[key].double() for key in keys)
+            factor, shift, mean, variance = (folded.pop(key).double() for key in norm_keys)
+            folded.pop(f'{name}.norm.num_batches_tracked', None)
+            factor = factor / (variance + EPSILON).sqrt()
+            folded[keys[0]] = (weight * factor.view(-1, 1, 1, 1)).float()
+            folded[keys[1]] = ((bias - mean) * factor + shift).float()
+    return folded
