@@ -9,9 +9,7 @@ the same final weights as an uninterrupted one. After a power failure it resumes
 checkpoint.
 """
 
-import contextlib
 import dataclasses
-import math
 import pathlib
 import sys
 from typing import Literal
@@ -24,7 +22,7 @@ from eval import evaluate
 from model import SSD300, MultiBoxLoss
 from support.batch_norm import add_batch_norm, is_norm
 from support.checkpoints import find_newest_checkpoint, restore, save_checkpoint, sibling_path
-from support.compilation import compile_if_possible
+from support.compilation import compile_network_and_loss
 from support.device import choose_precision, configure_gpu
 from support.errors import (
     UserError,
@@ -33,6 +31,7 @@ from support.errors import (
     make_folder,
     remove_stale_temporaries,
 )
+from support.gradient_scaling import make_scaler, nan_if_not_finite, step_if_finite
 from support.image_cache import ImageCache
 from support.processes import (
     all_gather,
@@ -43,13 +42,15 @@ from support.processes import (
     default_workers,
     get_rank,
     get_world_size,
+    is_set_in_any_rank,
     process_group,
     stop_on_signal,
+    synchronize_gradients,
     wrap_distributed,
 )
 from support.published import start_from_coco
 from support.training_log import ESTIMATE_AFTER, TrainingLog
-from utils import INPUT_SIZE, normalize
+from utils import INPUT_SIZE
 
 
 @dataclasses.dataclass
@@ -338,74 +339,6 @@ def set_lr(optimizer, lr):
 
 
 # --------------------------------------------------------------------------------------------------
-# Steps that are skipped if a gradient is not finite
-# --------------------------------------------------------------------------------------------------
-
-
-def make_scaler(dtype, device):
-    """Make the gradient scaler for a mixed-precision dtype.
-
-    float16 needs scaled gradients, which would underflow otherwise; other dtypes do not, and use
-    the scaler only to skip steps whose gradients are not finite.
-    """
-    if dtype == torch.float16:
-        return torch.amp.GradScaler(device.type)
-    return UnitScaler(device.type, init_scale=1.)
-
-
-class UnitScaler(torch.amp.GradScaler):
-    """A gradient scaler whose scale stays 1."""
-
-    def update(self, new_scale=1.):
-        """Keep the scale, also after a skipped step."""
-        super().update(new_scale)
-
-
-def nan_if_not_finite(loss):
-    """Replace an infinite loss by NaN.
-
-    A loss that is not finite may have finite gradients. NaN makes the gradients non-finite, and in
-    every rank, since they are averaged, so that all ranks skip the step.
-    """
-    return loss * torch.where(loss.isfinite(), 1., math.nan)
-
-
-def step_if_finite(optimizer, scaler):
-    """Update the weights unless a gradient is not finite, without waiting for the device.
-
-    Returns:
-        Whether the gradients were finite, a scalar tensor.
-    """
-    scaler.unscale_(optimizer)
-    gradients = [p.grad for group in optimizer.param_groups for p in group['params']]
-    is_finite = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite()
-    scaler.step(optimizer)
-    scaler.update()
-    return is_finite
-
-
-# --------------------------------------------------------------------------------------------------
-# Several ranks
-# --------------------------------------------------------------------------------------------------
-
-
-def synchronize_gradients(network, is_last):
-    """Context of a forward pass: ranks average gradients only in the last micro-batch's backward.
-
-    Until then the gradients of earlier micro-batches add up in each rank. DistributedDataParallel
-    decides in the forward pass what the backward pass will do, so only the former is inside.
-    """
-    if is_last or get_world_size() == 1:
-        return contextlib.nullcontext()
-    return network.no_sync()
-
-
-def is_set_in_any_rank(event, device):
-    """Return whether a threading.Event is set in any rank. All ranks call this together."""
-    return all_reduce_sum(torch.tensor(int(event.is_set()), device=device)).item() > 0
-
-
-# --------------------------------------------------------------------------------------------------
 # Checkpoints and evaluations
 # --------------------------------------------------------------------------------------------------
 
@@ -541,40 +474,6 @@ def load_data_sets(data_folder, augment, batch_size, cache):
     if cache:
         train_set.cache = ImageCache(train_set.images)
     return train_set, PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
-
-
-def compile_network_and_loss(choice, network, criterion, autocast, n_images):
-    """Compile a network and the tensor part of its loss, which is replaced in the criterion.
-
-    Args:
-        choice: as `Parameters.compile`.
-        network: an SSD300, or one wrapped in DistributedDataParallel: compiled as one, it is cut
-            into graphs at DDP's buckets, so that gradients are exchanged during the backward pass.
-        autocast: context of the forward pass.
-        n_images: in a micro-batch.
-
-    Returns:
-        The network, compiled or not.
-    """
-    device = criterion.priors_cxcy.device
-
-    def try_out(network, compute_losses):
-        """Run a forward and backward pass without data, which starts the compilation."""
-        images = torch.zeros(n_images, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with synchronize_gradients(network, is_last=False), autocast:   # a rank may fail alone
-            locs, scores = network(normalize(images))
-        true_classes = torch.zeros(scores.shape[:2], dtype=torch.int64, device=device)
-        true_locs = torch.zeros_like(locs, dtype=torch.float32)
-        sum(compute_losses(locs, scores, true_locs, true_classes)).backward()
-        network.zero_grad()
-
-    buffers = [buffer.clone() for buffer in network.buffers()]
-    compiled, criterion.compute_losses = compile_if_possible(
-        choice, device, (network, criterion.compute_losses), try_out)
-    for buffer, before in zip(network.buffers(), buffers):  # running statistics without the zeros
-        buffer.copy_(before)
-    return compiled
 
 
 def print_summary(p, device, dtype, start, train_set, test_set):

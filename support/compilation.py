@@ -2,7 +2,42 @@
 
 import torch
 
-from support.processes import all_gather, get_rank
+from support.processes import all_gather, get_rank, synchronize_gradients
+from utils import INPUT_SIZE, normalize
+
+
+def compile_network_and_loss(choice, network, criterion, autocast, n_images):
+    """Compile a network and the tensor part of its loss, which is replaced in the criterion.
+
+    Args:
+        choice: see `compile_if_possible()`.
+        network: an SSD300, or one wrapped in DistributedDataParallel: compiled as one, it is cut
+            into graphs at DDP's buckets, so that gradients are exchanged during the backward pass.
+        autocast: context of the forward pass.
+        n_images: in a micro-batch.
+
+    Returns:
+        The network, compiled or not.
+    """
+    device = criterion.priors_cxcy.device
+
+    def try_out(network, compute_losses):
+        """Run a forward and backward pass without data, which starts the compilation."""
+        images = torch.zeros(n_images, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with synchronize_gradients(network, is_last=False), autocast:   # a rank may fail alone
+            locs, scores = network(normalize(images))
+        true_classes = torch.zeros(scores.shape[:2], dtype=torch.int64, device=device)
+        true_locs = torch.zeros_like(locs, dtype=torch.float32)
+        sum(compute_losses(locs, scores, true_locs, true_classes)).backward()
+        network.zero_grad()
+
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    compiled, criterion.compute_losses = compile_if_possible(
+        choice, device, (network, criterion.compute_losses), try_out)
+    for buffer, before in zip(network.buffers(), buffers):  # running statistics without the zeros
+        buffer.copy_(before)
+    return compiled
 
 
 def compile_if_possible(choice, device, functions, try_out):

@@ -125,6 +125,22 @@ def wrap_distributed(network):
     return DistributedDataParallel(network, gradient_as_bucket_view=True, **no_sync)
 
 
+def synchronize_gradients(network, is_last):
+    """Context of a forward pass: ranks average gradients only in the last micro-batch's backward.
+
+    Until then the gradients of earlier micro-batches add up in each rank. DistributedDataParallel
+    decides in the forward pass what the backward pass will do, so only the former is inside.
+    """
+    if is_last or get_world_size() == 1:
+        return contextlib.nullcontext()
+    return network.no_sync()
+
+
+def is_set_in_any_rank(event, device):
+    """Return whether a threading.Event is set in any rank. All ranks call this together."""
+    return all_reduce_sum(torch.tensor(int(event.is_set()), device=device)).item() > 0
+
+
 # --------------------------------------------------------------------------------------------------
 # Workers and signals
 # --------------------------------------------------------------------------------------------------

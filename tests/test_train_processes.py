@@ -66,7 +66,7 @@ def start(words, folder):
                                      'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
 
 
-def finish(process, folder, code=0, timeout=300):
+def finish(process, folder, code=0, timeout=300 * KILLS):
     """Wait for a process to end; returns its output."""
     try:
         assert process.wait(timeout) == code, (folder / 'output').read_text()[-3000:]

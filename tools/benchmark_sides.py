@@ -15,16 +15,10 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_iou
 
 from model import EVALUATION, MAX_CANDIDATES, N_PRIORS, SSD300, MultiBoxLoss, create_prior_boxes
+from support.compilation import compile_network_and_loss
 from support.errors import UserError
-from train import (
-    Run,
-    Schedule,
-    compile_network_and_loss,
-    make_optimizer,
-    make_scaler,
-    set_lr,
-    train,
-)
+from support.gradient_scaling import make_scaler
+from train import Run, Schedule, make_optimizer, set_lr, train
 from utils import (
     INPUT_SIZE,
     cxcy_to_gcxgcy,

@@ -13,6 +13,7 @@ from datasets import PascalVOCDataset, make_test_loader
 from model import SSD300, MultiBoxLoss
 from support.batch_norm import add_batch_norm, fold_batch_norm, is_norm
 from support.checkpoints import load_checkpoint, save_checkpoint
+from support.compilation import compile_network_and_loss
 from support.training_log import draw_detections
 from thin import ThinSSD300
 
@@ -173,7 +174,7 @@ def test_compilation_does_not_change_them(network, monkeypatch, works):
 
     monkeypatch.setattr(torch, 'compile', lambda function, **_: function if works else fail)
     before = running_statistics(network.train())
-    train.compile_network_and_loss('on', network, MultiBoxLoss(network.priors_cxcy),
+    compile_network_and_loss('on', network, MultiBoxLoss(network.priors_cxcy),
                                    torch.autocast('cpu', enabled=False), 2)
     assert_equal(running_statistics(network), before)
     network(torch.zeros(2, 3, 300, 300))
