@@ -48,7 +48,7 @@ from support.processes import (
     synchronize_gradients,
     wrap_distributed,
 )
-from support.published import start_from_coco
+from support.published import download_coco, start_from, start_from_caffe_vgg
 from support.training_log import ESTIMATE_AFTER, TrainingLog
 from utils import INPUT_SIZE
 
@@ -75,11 +75,15 @@ class Parameters:
     # Start from pretrained weights. Without them 07 + 12 is too little to learn from: expect a
     # much lower mAP.
     pretrained: bool = True
-    # Which ones. imagenet: torchvision's VGG-16 (a download of 528 MB, once), the paper's start.
+    # Which ones. imagenet: torchvision's VGG-16 (a download of 528 MB, once).
+    # caffe: the VGG-16 of the paper's code, with its image mean, from --weights. Published: +1 mAP.
     # coco: torchvision's whole SSD300 of COCO (136 MB), with its priors, and with the weights for
     # the scores of those of your classes that COCO has (all of VOC's). It needs a fraction of the
     # schedule: try --iterations 20000 --decay-lr-at 12000 16000.
-    init: Literal['imagenet', 'coco'] = 'imagenet'
+    # checkpoint: the same with any SSD300 that detect.py reads, from --weights.
+    init: Literal['imagenet', 'caffe', 'coco', 'checkpoint'] = 'imagenet'
+    # File of the weights: for caffe, vgg16_reducedfc.pth of github.com/amdegroot/ssd.pytorch.
+    weights: str | None = None
     # Batch normalization after each convolution of base and auxiliary layers, folded into them for
     # detection. Give it with --no-pretrained: the network hardly learns from random weights
     # otherwise. With pretrained, the start is torchvision's VGG-16 with batch normalization. Mean
@@ -414,7 +418,7 @@ def load_start(p, model, optimizer, scaler, settings):
                         'into a folder that all of them share')
     if path is None:
         if p.pretrained and get_rank() == 0:    # DistributedDataParallel copies its weights
-            load_pretrained(model, p.init)
+            load_pretrained(model, p.init, p.weights)
         barrier()   # a download may take longer than a collective operation waits
         broadcast_buffers(model)    # before the loss takes the priors
         return 0
@@ -425,14 +429,18 @@ def load_start(p, model, optimizer, scaler, settings):
     return start
 
 
-def load_pretrained(model, init):
-    """Load the weights of 'imagenet' or 'coco'."""
+def load_pretrained(model, init, weights):
+    """Load the weights that `Parameters.init` describes, those of a file from `weights`."""
     if init == 'imagenet':
         model.base.load_pretrained_layers()
+    elif init == 'caffe':
+        start_from_caffe_vgg(model, weights)
     else:
-        found = start_from_coco(model)
-        print(f'{len(found)} of {model.n_classes - 1} classes start with the scores of COCO: '
-              f'{", ".join(found) or "none"}')
+        source = SSD300.from_checkpoint(weights) if weights else SSD300.from_state(
+            download_coco('start from ImageNet with --init imagenet'))
+        found = start_from(model, source)
+        print(f'{len(found)} of {model.n_classes - 1} classes start with the scores of '
+              f'{weights or "COCO"}: {", ".join(found) or "none"}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,6 +453,9 @@ def check_parameters(p):
     check_at_least(1, iterations=p.iterations, batch_size=p.batch_size, save_every=p.save_every,
                    print_freq=p.print_freq, grad_accumulation=p.grad_accumulation)
     check_at_least(0, workers=p.workers, warmup=p.warmup, eval_every=p.eval_every)
+    if (p.weights is not None) != (p.init in ('caffe', 'checkpoint')):
+        raise UserError(f'init is {p.init}, weights is {p.weights}; give a file as --weights with '
+                        f'--init caffe or --init checkpoint, and only with these')
     divisor = get_world_size() * p.grad_accumulation
     if p.batch_size % divisor:
         raise UserError(f'batch_size is {p.batch_size}, which {get_world_size()} processes times '
@@ -453,9 +464,9 @@ def check_parameters(p):
     if p.batch_norm and p.batch_size == divisor:    # conv11_2 has one cell per image
         raise UserError('batch normalization needs two images per micro-batch and process, more '
                         'are better; give a larger --batch-size')
-    if p.batch_norm and p.pretrained and p.init == 'coco':
-        raise UserError('the weights of COCO are for a network without batch normalization; leave '
-                        '--batch-norm out, or give --init imagenet')
+    if p.batch_norm and p.pretrained and p.init != 'imagenet':
+        raise UserError(f'the weights of --init {p.init} are for a network without batch '
+                        f'normalization; leave --batch-norm out, or give --init imagenet')
     n_images = p.batch_size // get_world_size() + TEST_BATCH_SIZE   # in a batch of either loader
     check_shared_memory(p.workers, n_images * 3 * INPUT_SIZE ** 2)
     make_folder(pathlib.Path(p.checkpoint).resolve().parent)     # that of a link's target

@@ -4,13 +4,15 @@ Three programs published an SSD300 with the same layers:
 
 1. torchvision's `ssd300_vgg16`, a state dict. `detect.py` uses its COCO weights where there is no
    checkpoint, and `train.py --init coco` starts from them.
-2. ssd.pytorch (github.com/amdegroot/ssd.pytorch), a state dict.
+2. ssd.pytorch (github.com/amdegroot/ssd.pytorch), a state dict. It also distributes the VGG-16 of
+   the paper's Caffe code, for `train.py --init caffe`.
 3. a-PyTorch-Tutorial-to-Object-Detection (github.com/sgrvinod), a pickle of the whole module.
 
 They name their layers differently, and were trained with other priors, image constants and classes.
 A converted checkpoint contains all of these, so the rest of this program treats it as its own.
 
-Sections: 1. reading a checkpoint · 2. conversion · 3. priors · 4. COCO weights · 5. pickled modules
+Sections: 1. reading a checkpoint · 2. conversion · 3. priors · 4. weights to start from ·
+5. pickled modules
 
 Letters: P = 8732 priors, C classes with background 0.
 """
@@ -117,6 +119,10 @@ PUBLISHED_MAPS = (
     PublishedMap('conv11_2', 1, 300, (2,)),
 )
 
+# The Caffe code subtracts a mean, (104, 117, 123) in BGR, and does not divide.
+CAFFE_IMAGE_MEAN = (123 / 255, 117 / 255, 104 / 255)
+CAFFE_IMAGE_STD = (1 / 255,) * 3
+
 # The convolutions of `model.SSD300`, from input to output. Written out because model.py imports
 # this module.
 BASE_CONVS = tuple(f'base.conv{number}' for number in (
@@ -154,16 +160,15 @@ def from_torchvision(state):
 def from_ssd_pytorch(state):
     """Convert the state dict of ssd.pytorch.
 
-    Its images are RGB minus the Caffe code's mean, (104, 117, 123) in BGR, without division. Its
-    L2 normalization adds the epsilon to the length instead of clamping it, which makes no
-    difference except for vectors of zeros.
+    Its images are RGB minus the Caffe code's mean. Its L2 normalization adds the epsilon to the
+    length instead of clamping it, which makes no difference except for vectors of zeros.
     """
     converted = rename_layers(state, numbered_convs(state, 'vgg.', 'extras.'),
                               numbered_convs(state, 'loc.'), numbered_convs(state, 'conf.'))
     converted |= {'rescale_factors': state['L2Norm.weight'].view(1, -1, 1, 1),
                   'priors_cxcy': create_caffe_priors(CAFFE_SCALES).clamp_(0, 1),
-                  'image_mean': torch.tensor([123., 117., 104.]) / 255,
-                  'image_std': torch.full((3,), 1 / 255),
+                  'image_mean': torch.tensor(CAFFE_IMAGE_MEAN),
+                  'image_std': torch.tensor(CAFFE_IMAGE_STD),
                   'l2_epsilon': torch.tensor(1e-10)}
     return {'model': converted, 'label_map': default_label_map(count_classes(converted))}
 
@@ -319,7 +324,7 @@ def spread_priors(sizes, n_cells, cells_across):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. COCO weights
+# 4. Weights to start from
 # --------------------------------------------------------------------------------------------------
 
 # COCO's names of VOC's classes, where they differ in more than spaces.
@@ -339,40 +344,68 @@ def download_coco(otherwise):
     return from_torchvision(download_weights(SSD300_VGG16_Weights.COCO_V1, otherwise))
 
 
-def start_from_coco(model):
-    """Load COCO weights into a model of any classes, priors and image constants included.
+def start_from(model, source):
+    """Load the weights of one SSD300 into another of any classes, priors and constants included.
 
-    Class scores are copied for the background and for the model's classes that COCO has, too; for
-    the others they stay random. Spaces and underscores in names are ignored, VOC's synonyms known.
+    Class scores are copied for the background and for the classes that both have; for the others
+    they stay random.
 
     Args:
-        model: an SSD300 with its `label_map`.
+        model: an SSD300 with its `label_map`; modified in place.
+        source: the other SSD300.
 
     Returns:
-        The names of the classes that COCO has, without the background.
+        The names of the classes that both have, without the background.
     """
-    coco = download_coco('start from ImageNet with --init imagenet')
-    coco_indices = {squeeze(name): index for name, index in coco['label_map'].items()}
-    shared = {name: (index, coco_indices[squeeze(COCO_NAMES.get(name, name))])
-              for name, index in model.label_map.items()
-              if squeeze(COCO_NAMES.get(name, name)) in coco_indices}
+    source_indices = {unify(name): index for name, index in source.label_map.items()}
+    shared = {name: (index, source_indices[unify(name)])
+              for name, index in model.label_map.items() if unify(name) in source_indices}
     here, there = map(list, zip(*shared.values()))      # indices of the same classes
 
-    state = model.state_dict()
+    state, source_state = model.state_dict(), source.state_dict()
     for name in CLASS_CONVS:
         for key in (f'{name}.weight', f'{name}.bias'):
             # Output channels are ordered by prior, then class.
             scores = state[key].cpu().clone().unflatten(0, (-1, len(model.label_map)))
-            coco_scores = coco['model'][key].cpu().unflatten(0, (-1, len(coco['label_map'])))
-            scores[:, here] = coco_scores[:, there]     # (priors per cell, C, ...)
-            coco['model'][key] = scores.flatten(0, 1)
-    model.load_state_dict(coco['model'])
+            source_scores = source_state[key].cpu().unflatten(0, (-1, len(source.label_map)))
+            scores[:, here] = source_scores[:, there]   # (priors per cell, C, ...)
+            source_state[key] = scores.flatten(0, 1)
+    model.load_state_dict(source_state)
     return [name for name in shared if name != 'background']
 
 
-def squeeze(name):
-    """Remove spaces and underscores from a class name."""
-    return name.replace(' ', '').replace('_', '')
+def unify(name):
+    """Return COCO's name of a class, if it is VOC's, without spaces and underscores."""
+    return COCO_NAMES.get(name, name).replace(' ', '').replace('_', '')
+
+
+@torch.no_grad()
+def start_from_caffe_vgg(model, path):
+    """Load the VGG-16 that the paper's authors started from, with the mean of its images.
+
+    Args:
+        model: an SSD300; its base and its image constants are modified in place.
+        path: ssd.pytorch's `vgg16_reducedfc.pth`, with fc6 and fc7 decimated already.
+
+    Raises:
+        UserError: the file cannot be read, or holds another network.
+    """
+    state = load_checkpoint(path)
+    try:
+        # Numbered as in ssd.pytorch's list of layers, ReLU and pooling included: 0, 2, 5, ..., 33.
+        pairs = list(zip(BASE_CONVS, numbered_convs(state, ''), strict=True))
+        model.base.load_state_dict({f'{new.removeprefix("base.")}.{kind}': state[f'{old}.{kind}']
+                                    for new, old in pairs for kind in ('weight', 'bias')})
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f'{type(error).__name__}: {error}'.splitlines()[-1].strip()[:200]
+        raise UserError(f'{path} is not the VGG-16 of ssd.pytorch ({reason}); give its '
+                        f'vgg16_reducedfc.pth') from error
+    # The first convolution takes blue, green, red, as in Caffe: the scripts that converted it
+    # (data/scripts of ssd.pytorch, and loadcaffe) copy all weights as they are. ssd.pytorch itself
+    # trains it with RGB nevertheless. ChainerCV reverses the channels, too.
+    model.base.conv1_1.weight.copy_(model.base.conv1_1.weight.flip(1))
+    model.image_mean.copy_(torch.tensor(CAFFE_IMAGE_MEAN))
+    model.image_std.copy_(torch.tensor(CAFFE_IMAGE_STD))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -383,6 +383,10 @@ def test_warnings_of_a_schedule_that_does_not_fit(parameters, capsys, small_netw
     ({'device': 'cuda:99'}, ["device 'cuda:99'", '--device cpu']),
     ({'resume': 'nowhere.pth'}, ['nowhere.pth', 'no such checkpoint']),
     ({'checkpoint': '/dev/null/x.pth'}, ['/dev/null', 'cannot be written']),
+    ({'init': 'caffe', 'data_folder': 'nowhere'}, ['init is caffe', '--weights']),
+    ({'weights': 'vgg.pth', 'data_folder': 'nowhere'}, ['weights is vgg.pth', '--init caffe']),
+    ({'init': 'checkpoint', 'weights': 'nowhere.pth', 'pretrained': True}, ['nowhere.pth']),
+    ({'init': 'caffe', 'weights': 'nowhere.pth', 'pretrained': True}, ['nowhere.pth']),
 ])
 def test_user_errors_are_reported_in_one_line(parameters, capsys, changes, words):
     error = error_of(capsys, parameters, **changes)

@@ -219,7 +219,8 @@ def test_resumed_run_equals_the_uninterrupted_one_in_every_bit(parameters, tmp_p
 
 @pytest.mark.parametrize('changes, words', [
     ({'grad_accumulation': 2}, 'two images per micro-batch'),
-    ({'pretrained': True, 'init': 'coco'}, 'COCO are for a network without')])
+    ({'pretrained': True, 'init': 'coco'}, 'init coco are for a network without'),
+    ({'pretrained': True, 'init': 'caffe', 'weights': 'vgg.pth'}, 'init caffe are for')])
 def test_user_errors(parameters, capsys, changes, words):
     with pytest.raises(SystemExit):
         train.main(dataclasses.replace(parameters, **changes))

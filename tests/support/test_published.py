@@ -39,7 +39,13 @@ from support.checkpoints import (
     save_checkpoint,
 )
 from support.errors import UserError, make_folder
-from support.published import coco_label_map, download_coco, spread_priors, start_from_coco
+from support.published import (
+    coco_label_map,
+    download_coco,
+    spread_priors,
+    start_from,
+    start_from_caffe_vgg,
+)
 
 WEIGHTS = SSD300_VGG16_Weights.COCO_V1
 
@@ -463,7 +469,8 @@ def load_vgg():
     ('a.pth', lambda: find_newest_checkpoint('a.pth')),
     ('hub/checkpoints/vgg16-397923af.pth', load_vgg),
     ('hub/checkpoints/ssd300_vgg16_coco-b556d3b4.pth', lambda: download_coco('...')),
-], ids=['load_checkpoint', 'from_checkpoint', 'resume', 'resume auto', 'VGG-16', 'COCO'])
+    ('a.pth', lambda: start_from_caffe_vgg(None, 'a.pth')),
+], ids=['load_checkpoint', 'from_checkpoint', 'resume', 'resume auto', 'VGG-16', 'COCO', 'Caffe'])
 def test_code_is_not_run_wherever_a_file_is_read(tmp_path, monkeypatch, name, read, is_zip):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TORCH_HOME', '.')
@@ -637,16 +644,16 @@ def test_failed_download_is_a_user_error_with_the_next_step(without_checkpoint, 
     with pytest.raises(UserError, match='no route to host.*connect.*train.py'):
         detect.predict([Image.open('photo.png')])
     with pytest.raises(UserError, match='--init imagenet'):
-        start_from_coco(SSD300(21))
+        train.load_pretrained(SSD300(21), 'coco', None)
 
 
-# --- training from COCO ---
+# --- training from COCO or another SSD300 ---
 
 
 @torch.no_grad()
-def test_voc_classes_start_with_the_scores_of_coco(downloads, converted, photos):
+def test_voc_classes_start_with_the_scores_of_coco(converted, photos):
     model = SSD300(21).eval()
-    assert start_from_coco(model) == list(utils.voc_labels)
+    assert start_from(model, converted) == list(utils.voc_labels)
     coco = {**converted.label_map, 'aeroplane': converted.label_map['airplane'],
             'motorbike': converted.label_map['motorcycle'], 'sofa': converted.label_map['couch'],
             'diningtable': converted.label_map['dining table'],
@@ -661,11 +668,11 @@ def test_voc_classes_start_with_the_scores_of_coco(downloads, converted, photos)
     assert torch.equal(model.priors_cxcy, converted.priors_cxcy)
 
 
-def test_classes_unknown_to_coco_stay_random(downloads):
+def test_classes_unknown_to_coco_stay_random(converted):
     model = SSD300(4)
     model.label_map = {'background': 0, 'RBC': 1, 'stop_sign': 2, 'N/A': 3}
     before = model.pred_convs.class_convs[0].weight.detach().clone().unflatten(0, (4, 4))
-    assert start_from_coco(model) == ['stop_sign']
+    assert start_from(model, converted) == ['stop_sign']
     after = model.pred_convs.class_convs[0].weight.detach().unflatten(0, (4, 4))
     assert [bool((before[:, i] == after[:, i]).all()) for i in range(4)] == [0, 1, 0, 1]
 
@@ -697,3 +704,68 @@ def test_run_from_coco_keeps_its_priors_and_constants(downloads, converted, make
         assert torch.equal(loss.priors_xy, utils.cxcy_to_xy(converted.priors_cxcy))
     assert torch.equal(model.image_mean, converted.image_mean)
     assert torch.equal(model.image_std, converted.image_std)
+
+
+def test_start_from_a_checkpoint_takes_its_priors_constants_and_scores(tmp_path, capsys):
+    source = SSD300(21)     # of VOC's classes
+    source.priors_cxcy.copy_(source.priors_cxcy.flip(0))
+    source.image_mean.fill_(0.25)
+    path = str(tmp_path / 'source.pth.tar')
+    save_checkpoint(path, model=source.state_dict(), label_map=source.label_map)
+    model = SSD300(3)
+    model.label_map = {'background': 0, 'wug': 1, 'sofa': 2}
+    train.load_pretrained(model, 'checkpoint', path)
+    assert f'1 of 2 classes start with the scores of {path}: sofa' in capsys.readouterr().out
+    for name, tensor in source.state_dict().items():    # the priors among them
+        if 'class_convs' not in name:
+            assert torch.equal(model.state_dict()[name], tensor), name
+    for ours, theirs in zip(model.pred_convs.class_convs, source.pred_convs.class_convs):
+        rows, source_rows = ours.weight.unflatten(0, (-1, 3)), theirs.weight.unflatten(0, (-1, 21))
+        for name in ('background', 'sofa'):
+            assert torch.equal(rows[:, model.label_map[name]],
+                               source_rows[:, source.label_map[name]])
+
+
+# --- training from the Caffe code's VGG-16 ---
+
+
+def caffe_vgg():
+    """Return ssd.pytorch's VGG-16 as a list of layers, as its vgg() builds it for 300 pixels."""
+    layers, channels = [], 3
+    for out in (64, 64, 'M', 128, 128, 'M', 256, 256, 256, 'C', 512, 512, 512, 'M', 512, 512, 512):
+        if out in ('M', 'C'):
+            layers.append(nn.MaxPool2d(2, 2, ceil_mode=out == 'C'))
+        else:
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU()]
+            channels = out
+    layers += [nn.MaxPool2d(3, 1, 1), nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.ReLU(),
+               nn.Conv2d(1024, 1024, 1), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def test_base_from_caffe_gives_the_features_of_its_vgg(tmp_path):
+    vgg = caffe_vgg()
+    numbers = [int(name) for name, layer in vgg.named_modules() if isinstance(layer, nn.Conv2d)]
+    assert numbers == [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33]
+    torch.save(vgg.state_dict(), tmp_path / 'vgg16_reducedfc.pth')
+    model = SSD300(3)
+    start_from_caffe_vgg(model, tmp_path / 'vgg16_reducedfc.pth')
+    image = torch.randint(0, 256, (1, 3, 44, 44), dtype=torch.uint8)
+    conv4_3_feats, conv7_feats = model.base(model.normalize(image))
+    # Caffe's images are BGR.
+    blob = image.flip(1).float() - torch.tensor([104., 117., 123.]).view(1, 3, 1, 1)
+    torch.testing.assert_close(conv4_3_feats, vgg[:23](blob), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conv7_feats, vgg(blob), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('content', [
+    {}, {'features.0.weight': torch.zeros(1)}, {f'{i}.weight': torch.zeros(1) for i in range(15)},
+    {f'{i}.{kind}': i for i in range(15) for kind in ('weight', 'bias')}, {1: 2}, [3]],
+    ids=['empty', 'torchvision', 'no biases', 'no tensors', 'no names', 'list'])
+def test_other_file_than_caffes_vgg_is_a_user_error(tmp_path, content):
+    torch.save(content, tmp_path / 'other.pth')
+    with torch.device('meta'):
+        model = SSD300(2)
+    with pytest.raises(UserError, match='other.pth'):
+        start_from_caffe_vgg(model, tmp_path / 'other.pth')
