@@ -41,6 +41,7 @@ class PascalVOCDataset(Dataset):
         self.augment = augment
         self.images, self.objects, self.label_map = read_lists(data_folder, split)
         self.cache = None   # see `ImageCache`
+        self.antialias = True   # that of the model, see `utils.warp()`
         missing = [path for path in self.images if not pathlib.Path(path).is_file()]
         if missing:
             raise UserError(f'{len(missing)} of the {len(self.images)} images of {data_folder} are '
@@ -60,7 +61,7 @@ class PascalVOCDataset(Dataset):
             easy = ~difficulties
             boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
         split = self.split if self.augment else 'TEST'
-        return transform(image, boxes, labels, difficulties, split)
+        return transform(image, boxes, labels, difficulties, split, self.antialias)
 
 
 # --------------------------------------------------------------------------------------------------

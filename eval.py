@@ -193,6 +193,7 @@ def main(parameters):
         else:
             check_shared_memory(p.workers, p.batch_size * 3 * INPUT_SIZE ** 2)
             model = model.to(device, memory_format=torch.channels_last)
+            dataset.antialias = bool(model.antialias)
             loader = make_test_loader(dataset, p.batch_size, p.workers, device)
             detections, _ = find_detections(loader, model)
             detections = to_pixels(detections, read_image_sizes(dataset.images))

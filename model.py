@@ -340,9 +340,11 @@ MAX_CANDIDATES = 400
 MAX_SIZE_OFFSET = 5 * math.log(1000 / 16)
 
 # Constants that belong to the weights: mean and std of the images (red, green, blue, from 0 to 1),
-# and the epsilon of conv4_3's normalization. Weights that were published elsewhere were trained
-# with other values, and bring them along in their state dict.
-CONSTANTS = {'image_mean': IMAGENET_MEAN, 'image_std': IMAGENET_STD, 'l2_epsilon': 1e-10}
+# whether these are resized with antialiasing, and the epsilon of conv4_3's normalization. Weights
+# that were published elsewhere were trained with other values, and bring them along in their state
+# dict.
+CONSTANTS = {'image_mean': IMAGENET_MEAN, 'image_std': IMAGENET_STD, 'antialias': True,
+             'l2_epsilon': 1e-10}
 
 
 class SSD300(nn.Module):

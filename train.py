@@ -178,6 +178,7 @@ def main(p):
         settings = dataclasses.asdict(p) | {'precision': str(dtype).removeprefix('torch.'),
                                             'n_images': len(train_set)}
         start = load_start(p, model, optimizer, scaler, settings)
+        train_set.antialias = test_set.antialias = bool(model.antialias)
         schedule = Schedule(start, p.iterations, p.lr, p.warmup, p.decay_lr_at, p.print_freq,
                             p.save_every, p.eval_every if len(test_set) else 0)
         if get_rank() == 0:

@@ -422,7 +422,7 @@ CROP_OPTIONS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.)
 CROP_TRIES = 50
 
 
-def transform(image, boxes, labels, difficulties, split):
+def transform(image, boxes, labels, difficulties, split, antialias=True):
     """Convert an image and its objects to the network's input, with augmentation in training.
 
     TRAIN: random colors, zoom-out, crop, flip and warp, drawn from Python's `random`. TEST: the
@@ -432,6 +432,7 @@ def transform(image, boxes, labels, difficulties, split):
         image: PIL image, RGB.
         boxes, labels, difficulties: (O, 4) in pixels, (O,) int64, (O,) bool.
         split: 'TRAIN' or 'TEST'.
+        antialias: see `warp()`.
 
     Returns:
         image (3, 300, 300) uint8, boxes (O, 4) in fractions, labels (O,), difficulties (O,).
@@ -439,7 +440,7 @@ def transform(image, boxes, labels, difficulties, split):
     assert split in ('TRAIN', 'TEST'), f'split is {split!r}, not TRAIN or TEST'
     window = (0, 0, *image.size)
     if split == 'TEST':
-        return (pil_to_tensor(warp(image, window)),
+        return (pil_to_tensor(warp(image, window, antialias=antialias)),
                 boxes / boxes.new_tensor([*image.size, *image.size]), labels, difficulties)
 
     colors = sample_colors()
@@ -450,7 +451,7 @@ def transform(image, boxes, labels, difficulties, split):
             window = larger
     window = sample_crop(window, boxes)
     boxes, labels, difficulties = crop(boxes, labels, difficulties, window)
-    image = warp(image, window, lambda part: distort(part, **colors))
+    image = warp(image, window, lambda part: distort(part, **colors), antialias)
     if random.random() < 0.5:
         image, boxes = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip(boxes)
     return pil_to_tensor(image), boxes, labels, difficulties
@@ -577,7 +578,7 @@ def distort(image, brightness, contrast, saturation, hue, contrast_first):
     return image
 
 
-def warp(image, window, change=None):
+def warp(image, window, change=None, antialias=True):
     """Resize a window of an image to 300 x 300, with a filler where it reaches past the border.
 
     Args:
@@ -585,6 +586,8 @@ def warp(image, window, change=None):
         window: (x_min, y_min, x_max, y_max) in its pixels.
         change: a function that is applied to the part that is image and not filler, at its final
             size.
+        antialias: average all source pixels that become one pixel of the result, and not only the
+            four nearest to its center.
     """
     # For x and y: `step` source pixels become one pixel of the result, whose pixel i shows the
     # source from low + i * step to low + (i + 1) * step. From `first` up to `last` (exclusive) this
@@ -601,8 +604,11 @@ def warp(image, window, change=None):
     result = Image.new('RGB', (INPUT_SIZE, INPUT_SIZE), FILLER)
     if left >= right or top >= bottom:
         return result
-    part = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR,
-                        box=(x_min, y_min, x_max, y_max))
+    size, box = (right - left, bottom - top), (x_min, y_min, x_max, y_max)
+    if antialias:
+        part = image.resize(size, Image.Resampling.BILINEAR, box)
+    else:
+        part = image.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
     part = change(part) if change else part
     if part.size == result.size:
         return part

@@ -88,7 +88,9 @@ def restore(path, model, optimizer, scaler, settings, must_match):
             print(f'note: {name} was {previous.get(name)} and is {settings[name]} now, so the '
                   f'weights will differ from those of an uninterrupted run')
     try:
-        model.load_state_dict(checkpoint['model'])
+        # A checkpoint need not have `antialias`, which is newer than the other constants.
+        defaults = {name: buffer for name, buffer in model.named_buffers() if name == 'antialias'}
+        model.load_state_dict({**defaults, **checkpoint['model']})
         load_optimizer_state(optimizer, checkpoint['optimizer'],
                              OPTIMIZER_STATE[settings['optimizer']])
         if previous.get('precision') == settings['precision'] and 'scaler' in checkpoint:

@@ -150,6 +150,7 @@ def from_torchvision(state):
                   'priors_cxcy': priors_cxcy,
                   'image_mean': torch.tensor([0.48235, 0.45882, 0.40784]),
                   'image_std': torch.full((3,), 1 / 255),
+                  'antialias': torch.tensor(False),     # default of F.interpolate
                   'l2_epsilon': torch.tensor(1e-12)}    # default of F.normalize
     n_classes = count_classes(converted)
     is_coco = n_classes == len(SSD300_VGG16_Weights.COCO_V1.meta['categories'])
@@ -169,6 +170,7 @@ def from_ssd_pytorch(state):
                   'priors_cxcy': create_caffe_priors(CAFFE_SCALES).clamp_(0, 1),
                   'image_mean': torch.tensor(CAFFE_IMAGE_MEAN),
                   'image_std': torch.tensor(CAFFE_IMAGE_STD),
+                  'antialias': torch.tensor(False),     # cv2.resize() has none
                   'l2_epsilon': torch.tensor(1e-10)}
     return {'model': converted, 'label_map': default_label_map(count_classes(converted))}
 

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -99,6 +100,17 @@ def test_warp_of_the_whole_image():
     warped = utils.warp(image, (0, 0, 64, 48))
     expected = image.resize((300, 300), Image.Resampling.BILINEAR)
     assert warped.tobytes() == expected.tobytes() and image.tobytes() == before
+
+
+@pytest.mark.parametrize('size', [(640, 480), (40, 30)])
+def test_warp_without_antialiasing_is_plain_bilinear_interpolation(size):
+    image = noise(*size)
+    warped = pil_to_tensor(utils.warp(image, (0, 0, *size), antialias=False))
+    expected = F.interpolate(pil_to_tensor(image).unsqueeze(0).float(), (300, 300), mode='bilinear')
+    # Pillow rounds the levels.
+    torch.testing.assert_close(warped.unsqueeze(0).float(), expected, rtol=0, atol=1.02)
+    border = utils.warp(Image.new('RGB', size, 'red'), (-10, 0, *size), antialias=False)
+    assert border.getpixel((299, 150)) == (255, 0, 0) and border.getpixel((0, 150)) == FILLER
 
 
 @pytest.mark.parametrize('window, span', [

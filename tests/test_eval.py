@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import datasets
 import eval as evaluation
 from create_data_lists import write_data_lists
 from datasets import PascalVOCDataset, make_test_loader
@@ -18,6 +19,8 @@ from utils import calculate_mAP
 
 class FixedDetections(nn.Module):
     """Detects the same three boxes in every image."""
+
+    antialias = False
 
     def __init__(self):
         super().__init__()
@@ -117,12 +120,16 @@ def test_other_ranks_print_nothing_and_return_the_same(loader, capsys, monkeypat
 
 def test_result_files_give_the_same_table(lists, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: FixedDetections())
+    transform = datasets.transform
+    monkeypatch.setattr(datasets, 'transform',
+                        lambda *args: antialias.append(args[-1]) or transform(*args))
+    antialias = []
     common = {'data_folder': str(lists), 'device': 'cpu', 'workers': 0}
     results, pictures = tmp_path / 'results', tmp_path / 'pictures'
     capsys.readouterr()
     evaluation.main(evaluation.Parameters(**common, results=str(results), pictures=str(pictures)))
     table = capsys.readouterr().out.splitlines()[2:]
-    assert table[-1].startswith('mAP ')
+    assert table[-1].startswith('mAP ') and antialias == [False] * 3    # the model's
     monkeypatch.undo()
     evaluation.main(evaluation.Parameters(**common, detections=str(results)))
     assert capsys.readouterr().out.splitlines() == table

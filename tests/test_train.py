@@ -110,6 +110,8 @@ def make_batch():
 class SmallNetwork(torch.nn.Module):
     """A linear layer in the place of SSD300, with its coarsest 190 priors and three classes."""
 
+    antialias = True
+
     def __init__(self, n_classes=3):
         super().__init__()
         assert n_classes == 3

@@ -219,6 +219,12 @@ def test_restored_run_is_the_saved_one(saved, capsys):
     assert optimizer.param_groups[0]['weight_decay'] == 0.25    # this run's
 
 
+def test_run_of_a_checkpoint_without_antialias_keeps_that_of_its_model(saved):
+    model, optimizer, scaler = make_run()
+    model.register_buffer('antialias', torch.tensor(True))
+    assert restore(saved[0], model, optimizer, scaler, SETTINGS, ()) == 1 and model.antialias
+
+
 def test_restore_notes_changed_settings(saved, capsys):
     model, optimizer, scaler = make_run()
     settings = {**SETTINGS, 'seed': 5, 'lr': 1e-2, 'precision': 'bf16'}

@@ -26,11 +26,12 @@ from PIL import Image
 from torch import nn
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd as torchvision_ssd, ssd300_vgg16
 
+import datasets
 import detect
 import train
 import utils
 from create_data_lists import write_data_lists
-from model import FEATURE_MAPS, SSD300, VGGBase
+from model import CONSTANTS, FEATURE_MAPS, SSD300, VGGBase
 from support import published
 from support.checkpoints import (
     find_newest_checkpoint,
@@ -587,21 +588,33 @@ def test_converted_model_is_saved_and_loaded_with_its_constants(converted, tmp_p
     path = tmp_path / 'converted.pth.tar'
     save_checkpoint(path, model=converted.state_dict(), label_map=converted.label_map)
     loaded = SSD300.from_checkpoint(path)
-    for name in ('priors_cxcy', 'image_mean', 'image_std', 'l2_epsilon', 'rescale_factors'):
+    for name in ('priors_cxcy', *CONSTANTS, 'rescale_factors'):
         assert torch.equal(loaded.state_dict()[name], converted.state_dict()[name])
     assert loaded.label_map == converted.label_map and loaded.l2_epsilon == torch.tensor(1e-12)
 
 
 def test_checkpoint_without_constants_gets_those_of_imagenet(tmp_path):
     state = SSD300(3).state_dict()
-    for name in ('image_mean', 'image_std', 'l2_epsilon'):
+    for name in CONSTANTS:
         del state[name]
     save_checkpoint(tmp_path / 'old.pth.tar', model=state,
                           label_map={'background': 0, 'a': 1, 'b': 2})
     model = SSD300.from_checkpoint(tmp_path / 'old.pth.tar')
     images = torch.randint(0, 256, (1, 3, 300, 300), dtype=torch.uint8)
     assert torch.equal(model.normalize(images), utils.normalize(images))
-    assert model.l2_epsilon == torch.tensor(1e-10)
+    assert model.l2_epsilon == torch.tensor(1e-10) and model.antialias
+
+
+def test_large_photo_is_resized_and_normalized_as_by_torchvision(torchvision_model, converted,
+                                                                 monkeypatch):
+    photo = Image.effect_noise((640, 480), 100).convert('RGB')
+    inputs = []
+    monkeypatch.setattr(SSD300, 'forward', lambda model, batch: inputs.append(batch) or (
+        torch.zeros(1, 8732, 4), torch.zeros(1, 8732, 91)))
+    detect.predict([photo], model=converted)
+    expected = torchvision_model.transform([utils.pil_to_tensor(photo) / 255])[0].tensors
+    # Pillow rounds to levels; torchvision's mean has five digits.
+    torch.testing.assert_close(inputs[0], expected, rtol=0, atol=1.1)
 
 
 # --- detection without a checkpoint ---
@@ -683,8 +696,10 @@ def test_run_from_coco_keeps_its_priors_and_constants(downloads, converted, make
                                  for stem in 'ab'}})
     lists = tmp_path / 'lists'
     write_data_lists([(folder, 'train')], [(folder, 'train')], lists)
-    losses, normalized = [], []
-    loss_class, normalize = train.MultiBoxLoss, SSD300.normalize
+    losses, normalized, antialias = [], [], []
+    loss_class, normalize, transform = train.MultiBoxLoss, SSD300.normalize, datasets.transform
+    monkeypatch.setattr(datasets, 'transform',
+                        lambda *args: antialias.append(args[-1]) or transform(*args))
     monkeypatch.setattr(SSD300, 'normalize', lambda model, images: normalized.append(
         normalize(model, images)) or normalized[-1])
     monkeypatch.setattr(train, 'MultiBoxLoss',
@@ -697,6 +712,7 @@ def test_run_from_coco_keeps_its_priors_and_constants(downloads, converted, make
             decay_lr_at=(), workers=0, device='cpu', checkpoint=path, resume='auto', eval_every=0,
             precision='float32'))
     assert len(downloads) == 1 and len(normalized) == len(losses) == 2
+    assert antialias == [False, False]
     assert re.search('1 of 2 classes.*: dog', capsys.readouterr().out)
     model = SSD300.from_checkpoint(path)
     for loss in losses:
