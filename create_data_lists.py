@@ -2,13 +2,17 @@
 
     python create_data_lists.py --voc07-path VOCdevkit/VOC2007 --voc12-path VOCdevkit/VOC2012
     python create_data_lists.py --train cells:trainval --test cells:test
+    python create_data_lists.py --coco-train instances_train2017.json:train2017 \
+        --coco-test instances_val2017.json:val2017
 
 Without arguments it does what the first line does. The folders are in VOC layout: JPEGImages,
-Annotations (an XML file per image) and ImageSets/Main (a text file of image names per split).
+Annotations (an XML file per image) and ImageSets/Main (a text file of image names per split). Data
+in COCO's format are a file of annotations and a folder of images.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +23,13 @@ import tyro
 from torchvision.datasets import VOCDetection
 from tqdm import tqdm
 
+from support.coco_lists import (
+    class_names,
+    files_to_read,
+    join_for_evaluation,
+    parse_exports,
+    read_exports,
+)
 from support.errors import (
     BrokenImageError,
     UserError,
@@ -38,7 +49,7 @@ from utils import (
 
 @dataclasses.dataclass
 class Parameters:
-    """Write the lists of a data set in VOC layout."""
+    """Write the lists of a data set in VOC layout or in COCO's format."""
 
     # --- PASCAL VOC: 07 + 12 trainval to train, 07 test to test ---
 
@@ -55,7 +66,13 @@ class Parameters:
     train: tuple[str, ...] = ()
     # Images to evaluate on: any number of folder:split.
     test: tuple[str, ...] = ()
-    # Class names in the order of their labels. Empty: those in the annotations, sorted.
+    # Images to train on, in COCO's format: any number of annotations.json:images, a file and the
+    # folder of its images. Boxes of crowds are left out.
+    coco_train: tuple[str, ...] = ()
+    # Images to evaluate on, the same.
+    coco_test: tuple[str, ...] = ()
+    # Class names in the order of their labels. Empty: those in the annotations, sorted; in COCO's
+    # format, those of the categories by id.
     classes: tuple[str, ...] = ()
 
     # --- output ---
@@ -70,7 +87,14 @@ class Parameters:
 def main(parameters):
     """Write the lists of the given splits, or else of VOC."""
     p = parameters
-    if p.train or p.test:
+    is_coco = p.coco_train or p.coco_test
+    if is_coco:
+        if p.train or p.test or p.download:
+            raise UserError('--coco-train and --coco-test take no other data beside them; leave '
+                            'out --train, --test and --download')
+        train_splits, test_splits = map(parse_exports, (p.coco_train, p.coco_test))
+        label_map = None
+    elif p.train or p.test:
         if p.download:
             raise UserError('--download is for VOC; leave it out, or leave out --train and --test')
         train_splits = [parse_split(text) for text in p.train]
@@ -85,7 +109,8 @@ def main(parameters):
             raise UserError(f'--classes {" ".join(p.classes)}: each class once, and background is '
                             f'none of them')
         label_map = number_classes(p.classes)
-    write_data_lists(train_splits, test_splits, p.output_folder, label_map, p.skip_broken)
+    write = write_coco_lists if is_coco else write_data_lists
+    write(train_splits, test_splits, p.output_folder, label_map, p.skip_broken)
 
 
 def parse_split(text):
@@ -144,19 +169,56 @@ def write_data_lists(train_splits, test_splits, output_folder, label_map=None, s
         {what: count}}.
     """
     output_folder = make_folder(output_folder)
-    train_images, train_objects, train_counts = read_splits(
-        'TRAIN', train_splits, label_map, skip_broken)
-    test_images, test_objects, test_counts = read_splits(
-        'TEST', test_splits, label_map, skip_broken)
-    all_objects = train_objects + test_objects
+    train, test = (
+        read_images(name, [
+            (image_path, annotation_path, functools.partial(read_voc, annotation_path, label_map))
+            for folder, split in splits
+            for annotation_path, image_path in find_files(folder, split)], skip_broken)
+        for name, splits in (('TRAIN', train_splits), ('TEST', test_splits)))
     if label_map is None:
+        all_objects = train[1] + test[1]
         label_map = number_classes(find_classes(all_objects))
         for objects in all_objects:
             objects['labels'] = [label_map[name] for name in objects['labels']]
-    write_files(output_folder, TRAIN_images=train_images, TRAIN_objects=train_objects,
-                TEST_images=test_images, TEST_objects=test_objects, label_map=label_map)
+    return write_lists(output_folder, train, test, label_map)
+
+
+def write_coco_lists(train_splits, test_splits, output_folder, label_map=None, skip_broken=False):
+    """Read data in COCO's format and write their lists, as `write_data_lists()` does.
+
+    Boxes of a pixel or less in width or height are dropped. Crowds are left out of TRAIN, but kept
+    in TEST and marked. TEST_coco.json has what COCO's evaluation needs. Categories of several files
+    are the same class if they have the same name.
+
+    Args:
+        train_splits, test_splits: lists of (annotation file, folder of images).
+        label_map: class names to labels; None for the categories by id.
+    """
+    output_folder = make_folder(output_folder)
+    data = {'TRAIN': read_exports(train_splits), 'TEST': read_exports(test_splits)}
+    label_map = label_map or number_classes(class_names(data['TRAIN'] + data['TEST']))
+    train, test = (
+        read_images(name, files_to_read(data[name], label_map, keep_crowds=name == 'TEST'),
+                    skip_broken)
+        for name in data)
+    coco = join_for_evaluation(data['TEST'], data['TRAIN'], set(test[0]), label_map)
+    return write_lists(output_folder, train, test, label_map, coco)
+
+
+def write_lists(output_folder, train, test, label_map, coco=None):
+    """Write the lists, print and return the summary; see `write_data_lists()`.
+
+    Args:
+        train, test: as `read_images()` returns them.
+        coco: for TEST_coco.json; None removes it.
+    """
+    contents = {} if coco is None else {'TEST_coco': coco}
+    write_files(output_folder, TRAIN_images=train[0], TRAIN_objects=train[1], TEST_images=test[0],
+                TEST_objects=test[1], label_map=label_map, **contents)
+    if coco is None:
+        (output_folder / 'TEST_coco.json').unlink(missing_ok=True)  # of earlier lists
     summary = {'classes': [name for name in label_map if name != 'background'],
-               'TRAIN': train_counts, 'TEST': test_counts}
+               'TRAIN': train[2], 'TEST': test[2]}
     print_summary(summary, output_folder)
     return summary
 
@@ -199,12 +261,20 @@ def print_summary(summary, output_folder):
 # --------------------------------------------------------------------------------------------------
 
 
-def read_splits(name, splits, label_map, skip_broken):
-    """Read the splits of `name`, TRAIN or TEST: image paths, their objects and {what: count}."""
-    files = [pair for folder, split in splits for pair in find_files(folder, split)]
+def read_images(name, files, skip_broken):
+    """Read the images of `name`, TRAIN or TEST, and their objects.
+
+    Args:
+        files: for each image its path, that of its annotation, and a function that returns its
+            objects, the stated (width, height), 0 for unknown, and a Counter for the summary.
+        skip_broken: leave out images that cannot be decoded, in place of stopping at the first.
+
+    Returns:
+        The image paths, their objects and {what: count}.
+    """
     images, all_objects, counts = [], [], Counter()
-    results = read_in_parallel(name, files, label_map, skip_broken)
-    for (_, image_path), (objects, image_counts) in zip(files, results):
+    for (image_path, *_), (objects, image_counts) in zip(
+            files, read_in_parallel(name, files, skip_broken)):
         counts += image_counts
         if objects is None:  # a broken image
             continue
@@ -251,32 +321,39 @@ def find_images(folder):
     return {path.stem: path for path in paths}
 
 
-def read_in_parallel(name, files, label_map, skip_broken):
-    """Call `read_objects()` for each (annotation path, image path), in parallel and in order."""
+def read_in_parallel(name, files, skip_broken):
+    """Call `read_objects()` for each of the files, in parallel and in order."""
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
     try:
-        results = pool.map(lambda pair: read_objects(*pair, label_map, skip_broken), files)
+        results = pool.map(lambda file: read_objects(*file, skip_broken), files)
         return list(tqdm(results, name, len(files)))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def read_objects(annotation_path, image_path, label_map, skip_broken):
+def read_objects(image_path, annotation_path, read, skip_broken):
     """Read the cleaned objects of one image, after checking that the image can be decoded.
 
     Returns:
         The objects, None for a broken image if `skip_broken`; and a Counter for the summary.
     """
-    root = read_xml(annotation_path)
-    objects = parse_objects(root, annotation_path, label_map)
+    objects, stated_size, counts = read()
     try:
-        width, height = open_image(image_path, decode)
+        size = open_image(image_path, decode)
     except BrokenImageError:
         if not skip_broken:
             raise
         return None, Counter({'broken images, left out': 1})
-    check_stated_size(root, annotation_path, image_path, width, height)
-    return clean_objects(objects, width, height)
+    check_stated_size(stated_size, size, annotation_path, image_path)
+    objects, clean_counts = clean_objects(objects, *size)
+    return objects, counts + clean_counts
+
+
+def read_voc(path, label_map):
+    """Read an annotation of VOC: its objects, the stated (width, height) and no counts."""
+    root = read_xml(path)
+    size = [read_number(root, f'size/{tag}', path, default=0) for tag in ('width', 'height')]
+    return parse_objects(root, path, label_map), size, Counter()
 
 
 def decode(image):
@@ -287,31 +364,28 @@ def decode(image):
     return size
 
 
-def check_stated_size(root, annotation_path, image_path, width, height):
+def check_stated_size(stated_size, size, annotation_path, image_path):
     """Raise a UserError if the annotation states another size; no size, or 0, is accepted."""
-    for tag, actual in (('width', width), ('height', height)):
-        stated = read_number(root, f'size/{tag}', annotation_path, default=0)
+    for what, stated, actual in zip(('width', 'height'), stated_size, size):
         if stated not in (0, actual):
-            raise UserError(f'{annotation_path}: {tag} {stated:g}, but {image_path} has {actual}; '
+            raise UserError(f'{annotation_path}: {what} {stated:g}, but {image_path} has {actual}; '
                             f'the boxes are for another image, replace one of the two')
 
 
 def clean_objects(objects, width, height):
     """Clip boxes to the image and drop those without area; returns objects and a Counter."""
-    cleaned, counts = {'boxes': [], 'labels': [], 'difficulties': []}, Counter()
-    for box, label, difficult in zip(
-            objects['boxes'], objects['labels'], objects['difficulties']):
+    rows, counts = [], Counter()
+    for box, *others in zip(*objects.values()):     # the boxes are first
         clipped = [min(max(box[0], 0), width), min(max(box[1], 0), height),
                    min(max(box[2], 0), width), min(max(box[3], 0), height)]
         if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
             counts['boxes without area, dropped'] += 1
             continue
         counts['boxes past the border, clipped'] += clipped != box
-        counts['difficult'] += difficult
-        cleaned['boxes'].append(clipped)
-        cleaned['labels'].append(label)
-        cleaned['difficulties'].append(difficult)
-    counts['objects'] = len(cleaned['boxes'])
+        rows.append([clipped, *others])
+    cleaned = {name: [row[i] for row in rows] for i, name in enumerate(objects)}
+    counts += Counter({'objects': len(rows), 'difficult': sum(cleaned['difficulties']),
+                       'crowds': sum(cleaned.get('crowds', ()))})
     return cleaned, counts
 
 

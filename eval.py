@@ -14,7 +14,12 @@ from tqdm import tqdm
 
 from datasets import PascalVOCDataset, make_test_loader
 from model import EVALUATION, SSD300, VISUALIZATION
-from support.coco_metrics import coco_average_precision
+from support.coco_lists import (
+    read_evaluation,
+    read_results as read_coco_results,
+    write_results as write_coco_results,
+)
+from support.coco_metrics import coco_average_precision, coco_summary
 from support.device import disable_tf32
 from support.errors import UserError, check_at_least, exit_on_user_error, make_folder
 from support.evaluation_report import (
@@ -59,7 +64,8 @@ class Parameters:
     # Score threshold for the table's recall and for the missed objects in the pictures; 0.2 is
     # what detect.py draws. Average precision does not depend on it.
     operating_score: float = VISUALIZATION['min_score']
-    # Folder for the devkit's result files, comp4_det_test_CLASS.txt; none: not written.
+    # Folder for the devkit's result files, comp4_det_test_CLASS.txt; for data in COCO's format,
+    # coco_results.json, which COCO's server takes. None: not written.
     results: str | None = None
     # Folder of such files to evaluate instead of a checkpoint.
     detections: str | None = None
@@ -99,7 +105,9 @@ def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coc
         in every rank.
     """
     detections, ground_truth = find_detections(test_loader, model, autocast)
-    return print_evaluation(detections, ground_truth, model.label_map, operating_score, coco)
+    by_iou = (coco_average_precision(detections, ground_truth, model.label_map)
+              if coco and get_rank() == 0 else {})
+    return print_evaluation(detections, ground_truth, model.label_map, operating_score, by_iou)
 
 
 @torch.no_grad()
@@ -155,13 +163,15 @@ def gather_images(tensors):
     return [shares[i % world_size][i // world_size] for i in range(n_images)]
 
 
-def print_evaluation(detections, ground_truth, label_map, operating_score, coco=True):
-    """Print the table of average precisions, in rank 0; return ({class name: AP}, mAP)."""
+def print_evaluation(detections, ground_truth, label_map, operating_score, coco):
+    """Print the table of average precisions, in rank 0; return ({class name: AP}, mAP).
+
+    `coco` are the numbers of COCO's rules by name.
+    """
     average_precisions, mAP = calculate_mAP(*detections, *ground_truth, label_map)
     if get_rank() == 0:
         matches = match_classes(detections, ground_truth, label_map)
-        by_iou = coco_average_precision(detections, ground_truth, label_map) if coco else {}
-        print_table(average_precisions, mAP, matches, by_iou, operating_score)
+        print_table(average_precisions, mAP, matches, coco, operating_score)
     return average_precisions, mAP
 
 
@@ -182,31 +192,56 @@ def main(parameters):
         model = None if p.detections else SSD300.from_checkpoint(p.checkpoint)
         dataset = PascalVOCDataset(p.data_folder, 'TEST', keep_difficult=True)
         check_dataset(p, model, dataset)
-        ids = image_ids(dataset.images) if p.results or p.detections else None
-        if p.results:
+        coco = read_evaluation(p.data_folder, dataset.images, dataset.label_map)
+        ids = image_ids(dataset.images) if coco is None and (p.results or p.detections) else None
+        if coco is None and p.results:
             result_paths(p.results, dataset.label_map)  # raises now what writing them would
         for folder in filter(None, (p.results, p.pictures)):
             make_folder(folder)
 
-        if p.detections:
+        if not p.detections:
+            detections = detect_in_dataset(p, model, dataset, device)
+        elif coco is None:
             detections = read_results(p.detections, ids, dataset.label_map)
         else:
-            check_shared_memory(p.workers, p.batch_size * 3 * INPUT_SIZE ** 2)
-            model = model.to(device, memory_format=torch.channels_last)
-            dataset.antialias = bool(model.antialias)
-            loader = make_test_loader(dataset, p.batch_size, p.workers, device)
-            detections, _ = find_detections(loader, model)
-            detections = to_pixels(detections, read_image_sizes(dataset.images))
+            detections = read_coco_results(p.detections, coco, dataset.label_map)
         if get_rank() > 0:
             return
         ground_truth = ground_truth_in_pixels(dataset)
         if p.results:
-            write_results(p.results, detections, ids, dataset.label_map)
+            if coco is None:
+                write_results(p.results, detections, ids, dataset.label_map)
+            else:
+                write_coco_results(p.results, detections, coco, dataset.label_map)
             print(f'result files written to {p.results}')
         if p.pictures:
             draw_pictures(detections, ground_truth, dataset, p.operating_score, p.pictures)
             print(f'pictures written to {p.pictures}')
-        print_evaluation(detections, ground_truth, dataset.label_map, p.operating_score)
+        numbers = (coco_average_precision(detections, ground_truth, dataset.label_map)
+                   if coco is None else coco_summary(detections, coco, dataset.label_map))
+        print_evaluation(detections, ground_truth, dataset.label_map, p.operating_score, numbers)
+
+
+def detect_in_dataset(p, model, dataset, device):
+    """Detect objects in all images of a data set: `Detections` in pixels, with its labels."""
+    check_shared_memory(p.workers, p.batch_size * 3 * INPUT_SIZE ** 2)
+    model = model.to(device, memory_format=torch.channels_last)
+    dataset.antialias = bool(model.antialias)
+    loader = make_test_loader(dataset, p.batch_size, p.workers, device)
+    detections, _ = find_detections(loader, model)
+    if dataset.label_map != model.label_map:    # COCO's published weights
+        detections = relabel(detections, model.label_map, dataset.label_map)
+    return to_pixels(detections, read_image_sizes(dataset.images))
+
+
+def relabel(detections, label_map, new_label_map):
+    """Convert the labels of `Detections` by class name; drop those of other classes."""
+    names = sorted(label_map, key=label_map.get)
+    new_labels = torch.tensor([new_label_map.get(name, -1) for name in names])
+    labels = [new_labels[old] for old in detections.labels]
+    kept = [new >= 0 for new in labels]
+    return Detections(*([tensor[rows] for tensor, rows in zip(tensors, kept)]
+                        for tensors in (detections.boxes, labels, detections.scores)))
 
 
 def check_dataset(p, model, dataset):
@@ -214,7 +249,9 @@ def check_dataset(p, model, dataset):
     if len(dataset) == 0:
         raise UserError(f'{p.data_folder} has no images in its TEST list; make the lists with '
                         f'a split to test on')
-    if model and dataset.label_map != model.label_map:
+    # Of the 91 indices of COCO's published weights 10 are of no class.
+    if model and dataset.label_map != model.label_map and (
+            list(dataset.label_map) != [name for name in model.label_map if name[:4] != 'N/A ']):
         raise UserError(f'{p.checkpoint} knows the classes {list(model.label_map)[1:]}, '
                         f'{p.data_folder} has {list(dataset.label_map)[1:]}; give the '
                         f'checkpoint that was trained on this data set')

@@ -14,7 +14,7 @@ def read_lists(data_folder, split):
 
     Returns:
         The paths of the images; the objects of each image, a dictionary of the lists boxes (in
-        pixels), labels and difficulties; the label map.
+        pixels), labels and difficulties, of crowds true as well; the label map.
 
     Raises:
         UserError: a list that is missing or invalid.
@@ -35,6 +35,9 @@ def read_lists(data_folder, split):
             raise invalid(paths[0], f'item {i}: {reprlib.repr(image)} is not a path')
         if problem := find_problem(objects, len(label_map)):
             raise invalid(paths[1], f'item {i}, of {image}: {problem}')
+        if 'crowds' in objects:     # VOC's rules have none; there they count as difficult
+            objects['difficulties'] = [difficult or crowd for difficult, crowd in zip(
+                objects['difficulties'], objects['crowds'])]
     return images, all_objects, label_map
 
 
@@ -64,20 +67,23 @@ def is_label_map(label_map):
 
 def find_problem(objects, n_classes):
     """Describe the first invalid value in the objects of an image; None if all are valid."""
-    names = ('boxes', 'labels', 'difficulties')
+    names = ['boxes', 'labels', 'difficulties']
+    if isinstance(objects, dict) and 'crowds' in objects:   # of data in COCO's format
+        names.append('crowds')
     columns = [objects.get(name) for name in names] if isinstance(objects, dict) else []
     if not columns or not all(isinstance(column, list) for column in columns):
         return f'{reprlib.repr(objects)} is not a dictionary of the lists {", ".join(names)}'
     if len({len(column) for column in columns}) > 1:
         return ', '.join(f'{len(column)} {name}' for name, column in zip(names, columns))
-    for box, label, difficult in zip(*columns):
+    for box, label, *flags in zip(*columns):
         if not is_box(box):
             return (f'box {reprlib.repr(box)} is not [x_min, y_min, x_max, y_max] with '
                     f'0 <= x_min < x_max and 0 <= y_min < y_max, all below {LARGEST:g}')
         if type(label) is not int or not 0 < label < n_classes:
             return f'label {reprlib.repr(label)} is not one of 1 to {n_classes - 1}'
-        if difficult not in (False, True):
-            return f'difficulty {reprlib.repr(difficult)} is neither false nor true'
+        for flag in flags:
+            if flag not in (False, True):
+                return f'difficulty or crowd {reprlib.repr(flag)} is neither false nor true'
     return None
 
 

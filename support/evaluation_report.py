@@ -42,7 +42,7 @@ def print_table(average_precisions, mAP, matches, coco, operating_score):
     Args:
         average_precisions, mAP: as `calculate_mAP()` returns them.
         matches: {class name: ClassMatches}.
-        coco: as `coco_average_precision()` returns it; empty: no such lines.
+        coco: as `coco_average_precision()` or `coco_summary()` returns it; empty: no such lines.
         operating_score: score threshold for the recall.
     """
     # `tqdm.write` prints to stdout, above a progress bar if one is shown.
@@ -60,8 +60,9 @@ def print_table(average_precisions, mAP, matches, coco, operating_score):
     sums = [sum(column) for column in zip(*counts.values())] or (0, 0, 0)
     tqdm.write(format_line('mean, sum', width, mAP, nan_mean(areas.values()), sums,
                            nan_mean(recalls.values())))
-    for iou, ap in coco.items():
-        tqdm.write(f'{f"COCO AP {iou}":{width}}{ap:.4f}')
+    for name, value in coco.items():
+        tqdm.write(f'{f"COCO {name}":{width}}'
+                   f'{"no objects" if math.isnan(value) else f"{value:.4f}"}')
     tqdm.write(f'{"mAP":{width}}{mAP:.4f}')
 
 

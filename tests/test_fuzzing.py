@@ -17,8 +17,10 @@ from PIL import Image, ImageCms
 from tqdm import tqdm
 
 import detect
-from create_data_lists import write_data_lists
+from create_data_lists import write_coco_lists, write_data_lists
 from datasets import PascalVOCDataset
+from support.coco_lists import read_evaluation, read_results
+from support.coco_metrics import coco_summary
 from support.errors import BrokenImageError, UserError
 from support.images import limit_pixels, save_image, try_read_image
 from utils import parse_annotation, read_image, read_image_size
@@ -312,20 +314,27 @@ def replace_value(content, rng):
             return
 
 
-@pytest.mark.parametrize('name', ['TRAIN_images', 'TRAIN_objects', 'label_map'])
-def test_item_of_corrupt_lists_is_valid_or_refused(make_voc, tmp_path, name):
-    voc = make_voc({'train': {'a': [('cat', (1, 1, 30, 30), 1), ('dog', (5, 5, 40, 40))],
-                              'b': [('dog', (1, 1, 30, 30))]}})
-    write_data_lists([(voc, 'train')], [], tmp_path / 'lists')
-    path = tmp_path / 'lists' / f'{name}.json'
-    content, rng = path.read_text(), random.Random(name)
-    for number in range(N_FILES // 3):
+def mutate_json(path, n_files):
+    """Overwrite a JSON file n times with its content after a change of a value or of bytes."""
+    content, rng = path.read_text(), random.Random(path.name)
+    for number in range(n_files):
         if number % 3:
             values = json.loads(content)
             replace_value(values, rng)
             path.write_text(json.dumps(values))
         else:
             path.write_bytes(mutate(content.encode(), rng))
+        yield
+    path.write_text(content)
+
+
+@pytest.mark.parametrize('name', ['TRAIN_images', 'TRAIN_objects', 'label_map'])
+def test_item_of_corrupt_lists_is_valid_or_refused(make_voc, tmp_path, name):
+    voc = make_voc({'train': {'a': [('cat', (1, 1, 30, 30), 1), ('dog', (5, 5, 40, 40))],
+                              'b': [('dog', (1, 1, 30, 30))]}})
+    write_data_lists([(voc, 'train')], [], tmp_path / 'lists')
+    path = tmp_path / 'lists' / f'{name}.json'
+    for _ in mutate_json(path, N_FILES // 3):
         try:
             dataset = PascalVOCDataset(pathlib.Path(path.parent), 'TRAIN', augment=False)
             items = [dataset[i] for i in range(len(dataset))]
@@ -333,3 +342,62 @@ def test_item_of_corrupt_lists_is_valid_or_refused(make_voc, tmp_path, name):
             continue
         for item in items:
             check_item(item, dataset.label_map)
+
+
+# --------------------------------------------------------------------------------------------------
+# COCO's format
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def coco_file(tmp_path):
+    """An annotation file of two images beside it, one box and one crowd each."""
+    annotations = []
+    for number, box in enumerate(([1, 2, 30.5, 20], [0, 0, 5, 5], [3, 3, 9, 9], [5, 5, 50, 40])):
+        annotations.append({'id': number, 'image_id': 7 + number // 2, 'category_id': 2 + number,
+                            'bbox': box, 'area': 30., 'iscrowd': number % 2})
+    for name in ('a.png', 'b.png'):
+        Image.new('RGB', (64, 48)).save(tmp_path / name)
+    content = {'annotations': annotations,
+               'images': [{'id': 7, 'file_name': 'a.png', 'width': 64, 'height': 48},
+                          {'id': 8, 'file_name': 'b.png'}],
+               'categories': [{'id': 2 + number, 'name': f'class {number}'} for number in range(4)]}
+    (tmp_path / 'coco.json').write_text(json.dumps(content))
+    return tmp_path / 'coco.json'
+
+
+def test_lists_of_corrupt_coco_files_are_valid(coco_file, tmp_path):
+    n_read, exports = 0, [(coco_file, tmp_path)]
+    for _ in mutate_json(coco_file, N_FILES):
+        try:
+            write_coco_lists(exports, exports, tmp_path / 'lists')
+        except UserError:
+            continue
+        n_read += 1
+        for split in ('TRAIN', 'TEST'):
+            dataset = PascalVOCDataset(tmp_path / 'lists', split, keep_difficult=True,
+                                       augment=False)
+            for i in range(len(dataset)):
+                check_item(dataset[i], dataset.label_map)
+        read_evaluation(tmp_path / 'lists', dataset.images, dataset.label_map)
+    assert N_FILES / 20 < n_read < N_FILES
+
+
+@pytest.mark.parametrize('name', ['lists/TEST_coco', 'lists/TEST_objects', 'coco_results'])
+def test_evaluation_by_corrupt_coco_files_has_numbers(coco_file, tmp_path, name):
+    write_coco_lists([], [(coco_file, tmp_path)], tmp_path / 'lists')
+    (tmp_path / 'coco_results.json').write_text(json.dumps([
+        {'image_id': image_id, 'category_id': 2, 'bbox': [1, 2, 30, 20], 'score': 0.5}
+        for image_id in (7, 8)]))
+    n_read, n_files = 0, N_FILES // 3
+    for _ in mutate_json(tmp_path / f'{name}.json', n_files):
+        try:
+            dataset = PascalVOCDataset(tmp_path / 'lists', 'TEST', keep_difficult=True)
+            data = read_evaluation(tmp_path / 'lists', dataset.images, dataset.label_map)
+            detections = read_results(tmp_path, data, dataset.label_map)
+        except UserError:
+            continue
+        n_read += 1
+        numbers = coco_summary(detections, data, dataset.label_map)
+        assert all(math.isnan(value) or 0 <= value <= 1 for value in numbers.values())
+    assert 0 < n_read < n_files

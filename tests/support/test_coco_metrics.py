@@ -78,8 +78,8 @@ def test_coco_ap_equals_the_slow_version():
         # Owls have no objects, and so no part in the mean.
         expected = [sum(slow_average_precision(detections, ground_truth, label, threshold)
                         for label in (1, 2)) / 2 for threshold in np.linspace(0.5, 0.95, 10)]
-        assert got == pytest.approx({'0.5:0.95': sum(expected) / 10, '0.5': expected[0],
-                                     '0.75': expected[5]}, abs=1e-6)
+        assert got == pytest.approx({'AP 0.5:0.95': sum(expected) / 10, 'AP 0.5': expected[0],
+                                     'AP 0.75': expected[5]}, abs=1e-6)
 
 
 def test_coco_ignores_difficult_objects(capsys):
@@ -89,9 +89,10 @@ def test_coco_ignores_difficult_objects(capsys):
     detections = Detections([torch.tensor([[20., 0, 30, 10], [0, 0, 10, 8]])],
                             [torch.tensor([1, 1])], [torch.tensor([0.9, 0.8])])
     got = coco_average_precision(detections, ground_truth, LABEL_MAP)
-    assert got == pytest.approx({'0.5:0.95': 0.7, '0.5': 1, '0.75': 1})     # of 0.5, ..., 0.8
+    # Of ten thresholds 0.5, ..., 0.8 are reached.
+    assert got == pytest.approx({'AP 0.5:0.95': 0.7, 'AP 0.5': 1, 'AP 0.75': 1})
     nothing = Detections(*([tensors[0][:0]] for tensors in detections))
-    assert coco_average_precision(nothing, ground_truth, LABEL_MAP)['0.5'] == 0
+    assert coco_average_precision(nothing, ground_truth, LABEL_MAP)['AP 0.5'] == 0
     absent = GroundTruth(*([tensors[0][:0]] for tensors in ground_truth))
-    assert math.isnan(coco_average_precision(detections, absent, LABEL_MAP)['0.5'])
+    assert math.isnan(coco_average_precision(detections, absent, LABEL_MAP)['AP 0.5'])
     assert capsys.readouterr().out == ''    # pycocotools prints

@@ -31,7 +31,7 @@ MUTATIONS = [b'', b' ', b'\n', b'\0', b'\xff', b'-', b'.', b'e9', b'1e400', b' n
 def table():
     """Arguments of `print_table` for the detections above."""
     aps, mAP = calculate_mAP(*DETECTIONS, *GROUND_TRUTH, LABEL_MAP)
-    return aps, mAP, match_classes(DETECTIONS, GROUND_TRUTH, LABEL_MAP), {'0.5': 0.25}, 0.95
+    return aps, mAP, match_classes(DETECTIONS, GROUND_TRUTH, LABEL_MAP), {'AP 0.5': 0.25}, 0.95
 
 
 def test_table(table, capsys):
