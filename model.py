@@ -76,22 +76,24 @@ N_PRIORS = sum(feature_map.size ** 2 * feature_map.n_priors_per_cell
                for feature_map in FEATURE_MAPS)     # 8732
 
 
-def create_prior_boxes():
+def create_prior_boxes(scales=None):
     """Create the priors of all feature maps.
 
     Map by map, cell by cell (row by row). In a cell: aspect ratio 1, the additional square, then
     the other aspect ratios. For a scale s and an aspect ratio r, width = s * sqrt(r) and
     height = s / sqrt(r), so that the area is s * s for every r.
 
+    Args:
+        scales: those of the six maps, and of the one that would follow; None: those of the table,
+            and 1, the whole image.
+
     Returns:
         (P, 4), center and size (cx, cy, w, h) in fractions of the image. No side is longer than the
         image's (the last two maps would have a few), but priors may reach beyond its border.
     """
     priors = []
-    # The last map has no next one; 1 is the whole image.
-    next_scales = [feature_map.scale for feature_map in FEATURE_MAPS[1:]] + [1.]
-    for feature_map, next_scale in zip(FEATURE_MAPS, next_scales):
-        scale = feature_map.scale
+    scales = scales or [*(feature_map.scale for feature_map in FEATURE_MAPS), 1.]
+    for feature_map, scale, next_scale in zip(FEATURE_MAPS, scales, scales[1:]):
         sizes = [(scale * math.sqrt(r), scale / math.sqrt(r)) for r in feature_map.aspect_ratios]
         # From one map to the next the scale grows by a factor of 1.2 to 2. The additional square,
         # at the geometric mean of both scales, covers the objects in between (section 2.2).

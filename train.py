@@ -19,7 +19,7 @@ import tyro
 
 from datasets import PascalVOCDataset, ShuffledBatches, make_test_loader, make_train_loader
 from eval import evaluate
-from model import SSD300, MultiBoxLoss
+from model import SSD300, MultiBoxLoss, create_prior_boxes
 from support.batch_norm import add_batch_norm, is_norm
 from support.checkpoints import find_newest_checkpoint, restore, save_checkpoint, sibling_path
 from support.compilation import compile_network_and_loss
@@ -48,7 +48,7 @@ from support.processes import (
     synchronize_gradients,
     wrap_distributed,
 )
-from support.published import download_coco, start_from, start_from_caffe_vgg
+from support.published import COCO_SCALES, download_coco, start_from, start_from_caffe_vgg
 from support.training_log import ESTIMATE_AFTER, TrainingLog
 from utils import INPUT_SIZE
 
@@ -89,6 +89,9 @@ class Parameters:
     # otherwise. With pretrained, the start is torchvision's VGG-16 with batch normalization. Mean
     # and variance are those of each micro-batch of each rank, so give these 8 images or more.
     batch_norm: bool = False
+    # Scales of the priors: the paper's for VOC, or the smaller ones for COCO, also for other small
+    # objects. Weights of init coco and checkpoint bring their own.
+    priors: Literal['voc', 'coco'] = 'voc'
 
     # --- optimizer ---
 
@@ -171,6 +174,8 @@ def main(p):
         model = SSD300(len(train_set.label_map))
         if p.batch_norm:
             add_batch_norm(model)
+        if p.priors == 'coco':
+            model.priors_cxcy = create_prior_boxes(COCO_SCALES)
         model.to(device, memory_format=torch.channels_last)
         model.label_map = train_set.label_map
         optimizer = make_optimizer(model, p.optimizer, p.weight_decay)
@@ -465,6 +470,9 @@ def check_parameters(p):
     if p.batch_norm and p.batch_size == divisor:    # conv11_2 has one cell per image
         raise UserError('batch normalization needs two images per micro-batch and process, more '
                         'are better; give a larger --batch-size')
+    if p.priors != 'voc' and p.pretrained and p.init in ('coco', 'checkpoint'):
+        raise UserError(f'the weights of --init {p.init} bring their own priors; leave --priors '
+                        f'out')
     if p.batch_norm and p.pretrained and p.init != 'imagenet':
         raise UserError(f'the weights of --init {p.init} are for a network without batch '
                         f'normalization; leave --batch-norm out, or give --init imagenet')

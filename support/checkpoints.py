@@ -16,6 +16,8 @@ from support.processes import get_rank
 # What a run is resumed from, and the tensors that each optimizer keeps per parameter.
 CONTENT = {'iteration': int, 'model': dict, 'optimizer': dict, 'label_map': dict,
            'parameters': dict}
+# Parameters that decide on the content of a checkpoint, and what older ones without them had.
+OF_CONTENT = {'optimizer': None, 'batch_norm': False, 'priors': 'voc'}
 OPTIMIZER_STATE = {'sgd': {'momentum_buffer'}, 'adamw': {'step', 'exp_avg', 'exp_avg_sq'}}
 
 
@@ -56,8 +58,7 @@ def restore(path, model, optimizer, scaler, settings, must_match):
     Args:
         path: the checkpoint.
         model, optimizer, scaler: of this run; modified in place.
-        settings: this run's parameters by name, `optimizer`, `batch_norm` and `precision` among
-            them.
+        settings: this run's parameters by name, `precision` and those of `OF_CONTENT` among them.
         must_match: names of the settings that must not change if the resumed run is to end with
             the weights of an uninterrupted one; a note is printed for each that differs.
 
@@ -76,13 +77,10 @@ def restore(path, model, optimizer, scaler, settings, must_match):
         raise UserError(f'{path} is for the classes {list(checkpoint["label_map"])[1:]}, the data '
                         f'for {list(model.label_map)[1:]}; give the checkpoint of this data set')
     previous = checkpoint['parameters']
-    if previous.get('optimizer') != settings['optimizer']:
-        raise UserError(f'{path} was trained with {previous.get("optimizer")}; resume with the '
-                        f'same --optimizer')
-    if previous.get('batch_norm', False) != settings['batch_norm']:
-        kind, flag = ('without', '--no-') if settings['batch_norm'] else ('with', '--')
-        raise UserError(f'{path} was trained {kind} batch normalization; resume with '
-                        f'{flag}batch-norm')
+    for name, default in OF_CONTENT.items():
+        if previous.get(name, default) != settings[name]:
+            raise UserError(f'{path} was trained with {name} = {previous.get(name, default)}; '
+                            f'resume with the same --{name.replace("_", "-")}')
     for name in must_match:
         if previous.get(name) != settings[name] and get_rank() == 0:
             print(f'note: {name} was {previous.get(name)} and is {settings[name]} now, so the '

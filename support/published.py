@@ -144,7 +144,7 @@ def from_torchvision(state):
         state, numbered_convs(state, 'backbone.features.', 'backbone.extra.'),
         numbered_convs(state, head.format('regression')),
         numbered_convs(state, head.format('classification')))
-    priors_cxcy = create_caffe_priors(TORCHVISION_SCALES)
+    priors_cxcy = create_caffe_priors(COCO_SCALES)
     priors_cxcy[:, 2:].clamp_(0, 1)                 # sizes only
     converted |= {'rescale_factors': state['backbone.scale_weight'].view(1, -1, 1, 1),
                   'priors_cxcy': priors_cxcy,
@@ -279,8 +279,9 @@ def coco_label_map():
 # --------------------------------------------------------------------------------------------------
 
 # Sides of the square priors of each map, and of the one after the last, as fractions of the image:
-# of torchvision's DefaultBoxGenerator, and of the Caffe code, which ssd.pytorch follows.
-TORCHVISION_SCALES = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
+# for COCO in the Caffe code (ssd_coco.py) and in torchvision, for VOC in the Caffe code, which
+# ssd.pytorch follows.
+COCO_SCALES = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
 CAFFE_SCALES = tuple(side / INPUT_SIZE for side in (30, 60, 111, 162, 213, 264, 315))
 
 

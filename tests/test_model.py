@@ -22,6 +22,7 @@ from model import (
 )
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.errors import UserError
+from support.published import COCO_SCALES, create_caffe_priors
 
 LABEL_MAP = {'background': 0, 'cat': 1, 'dog': 2, 'bird': 3}
 
@@ -280,6 +281,16 @@ def priors():
 def test_priors_are_8732_boxes_of_float32_from_0_to_1(priors):
     assert priors.shape == (8732, 4) and priors.dtype == torch.float32
     assert priors.min() > 0 and priors.max() <= 1
+
+
+def test_priors_for_coco_have_the_sizes_of_torchvisions():
+    ours = create_prior_boxes(COCO_SCALES)[:, 2:]
+    theirs = create_caffe_priors(COCO_SCALES)[:, 2:].clamp(0, 1)
+    assert ours.shape == theirs.shape and ours[0].tolist() == pytest.approx([0.07, 0.07])
+    for a, b in zip(ours.split((5776, 2166, 600, 150, 36, 4)),
+                    theirs.split((5776, 2166, 600, 150, 36, 4))):
+        # In another order within each cell.
+        torch.testing.assert_close(a.unique(dim=0), b.unique(dim=0), rtol=0, atol=1e-6)
 
 
 def test_ssd300_creates_the_same_priors(priors, small_model):

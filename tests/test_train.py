@@ -21,6 +21,7 @@ from model import SSD300, MultiBoxLoss, create_prior_boxes
 from support.checkpoints import load_checkpoint, sibling_path
 from support.gradient_scaling import make_scaler
 from support.training_log import TrainingLog
+from thin import ThinSSD300
 from utils import normalize, pad_objects
 
 # --------------------------------------------------------------------------------------------------
@@ -269,6 +270,17 @@ def test_evaluations_while_training_are_in_its_precision(parameters, monkeypatch
     assert dtypes == [torch.bfloat16, torch.float32]
 
 
+def test_priors_for_coco_travel_with_the_checkpoint(parameters, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'SSD300', ThinSSD300)
+    run(parameters, iterations=1, priors='coco')
+    checkpoint = load_checkpoint(parameters.checkpoint)
+    assert checkpoint['model']['priors_cxcy'][0, 2:].tolist() == pytest.approx([0.07, 0.07])
+    error = error_of(capsys, parameters, resume=parameters.checkpoint)
+    assert 'with priors = coco; resume with the same --priors' in error
+    error = error_of(capsys, parameters, priors='coco', pretrained=True, init='coco')
+    assert 'bring their own priors' in error
+
+
 def test_difficult_objects_are_kept_in_both_sets(make_voc, tmp_path):
     # Training learns from them; evaluation needs them, not to count their detections as errors.
     voc = make_voc({'s': {'a': [('cat', (5, 5, 30, 30)), ('dog', (20, 10, 60, 45), 1)]}})
@@ -298,7 +310,7 @@ def test_checkpoint_and_what_resumes_from_it(parameters, capsys, tmp_path):
     assert model.label_map == checkpoint['label_map'] and not model.training
 
     # What does not fit is refused.
-    assert 'trained with sgd' in error_of(capsys, parameters, resume=path, optimizer='adamw')
+    assert 'optimizer = sgd' in error_of(capsys, parameters, resume=path, optimizer='adamw')
     assert 'has 1 iterations already' in error_of(capsys, parameters, resume=path, iterations=1)
 
     # What changes the result is noted; the weight decay is this run's.

@@ -208,7 +208,7 @@ def test_resumed_run_equals_the_uninterrupted_one_in_every_bit(parameters, tmp_p
     resumed.iterations = 3
     with pytest.raises(SystemExit):
         train.main(dataclasses.replace(resumed, batch_norm=False))
-    assert 'with batch normalization; resume with --batch-norm' in capsys.readouterr().err
+    assert 'with batch_norm = True; resume with the same --batch-norm' in capsys.readouterr().err
     train.main(resumed)
     whole, resumed = map(load_checkpoint, paths)
     assert_equal(whole['model'], resumed['model'])

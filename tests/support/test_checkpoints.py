@@ -182,7 +182,8 @@ def test_iteration_is_a_number(iteration, tmp_path, capsys):
     assert 'net.best.pth.tar' in capsys.readouterr().out
 
 
-SETTINGS = {'optimizer': 'sgd', 'batch_norm': False, 'precision': 'float32', 'seed': 0, 'lr': 1e-3}
+SETTINGS = {'optimizer': 'sgd', 'batch_norm': False, 'priors': 'voc', 'precision': 'float32',
+            'seed': 0, 'lr': 1e-3}
 
 
 def make_run(weight_decay=5e-4):
@@ -237,9 +238,9 @@ def test_restore_notes_changed_settings(saved, capsys):
 def test_restore_refuses_other_classes_optimizers_and_files(saved, tmp_path):
     path, model, optimizer = saved
     scaler = make_run()[2]
-    with pytest.raises(UserError, match='trained with sgd.*--optimizer'):
+    with pytest.raises(UserError, match='optimizer = sgd; resume with the same --optimizer'):
         restore(path, model, optimizer, scaler, {**SETTINGS, 'optimizer': 'adamw'}, ())
-    with pytest.raises(UserError, match='without batch normalization.*--no-batch-norm'):
+    with pytest.raises(UserError, match='batch_norm = False; resume with the same --batch-norm'):
         restore(path, model, optimizer, scaler, {**SETTINGS, 'batch_norm': True}, ())
     model.label_map = {'background': 0, 'cat': 1, 'horse': 2}
     with pytest.raises(UserError, match="'cat', 'dog'.*'cat', 'horse'"):
