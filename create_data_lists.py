@@ -90,8 +90,8 @@ def main(parameters):
     is_coco = p.coco_train or p.coco_test
     if is_coco:
         if p.train or p.test or p.download:
-            raise UserError('--coco-train and --coco-test take no other data beside them; leave '
-                            'out --train, --test and --download')
+            raise UserError('--coco-train and --coco-test cannot be combined with other data; '
+                            'leave out --train, --test and --download')
         train_splits, test_splits = map(parse_exports, (p.coco_train, p.coco_test))
         label_map = None
     elif p.train or p.test:
@@ -106,8 +106,8 @@ def main(parameters):
         label_map = voc_label_map
     if p.classes:
         if len(set(p.classes)) < len(p.classes) or 'background' in p.classes:
-            raise UserError(f'--classes {" ".join(p.classes)}: each class once, and background is '
-                            f'none of them')
+            raise UserError(f'--classes {" ".join(p.classes)}: name each class once, and leave '
+                            f'background out')
         label_map = number_classes(p.classes)
     write = write_coco_lists if is_coco else write_data_lists
     write(train_splits, test_splits, p.output_folder, label_map, p.skip_broken)

@@ -166,13 +166,17 @@ class Loader(DataLoader):
     """A DataLoader whose workers outlast the signals that stop a run, see `block_signals()`."""
 
     def __iter__(self):
+        if self.num_workers == 0:
+            return super().__iter__()
+        is_main = threading.current_thread() is threading.main_thread()     # only it has handlers
+        handles = is_main and hasattr(signal, 'SIGCHLD')    # missing on Windows
+        handler = signal.getsignal(signal.SIGCHLD) if handles else None
         with block_signals():
             batches = super().__iter__()
         # DataLoader would raise an error as soon as a worker dies, perhaps in the middle of a step.
         # Without its handler it does so when the next batch is fetched.
-        is_main = threading.current_thread() is threading.main_thread()     # only it has handlers
-        if is_main and hasattr(signal, 'SIGCHLD'):  # missing on Windows
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if handles:
+            signal.signal(signal.SIGCHLD, handler)
         return batches
 
 

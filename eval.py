@@ -52,7 +52,7 @@ class Parameters:
     # Folder of the lists that create_data_lists.py wrote.
     data_folder: str = './data'
     # Worker processes that read images.
-    workers: int = default_workers()
+    workers: int = dataclasses.field(default_factory=default_workers)
 
     # --- model ---
 
@@ -120,6 +120,7 @@ def find_detections(test_loader, model, autocast=None):
     """
     was_training = model.training
     model.eval()
+    test_loader.dataset.antialias = bool(model.antialias)
     device = model.priors_cxcy.device
     detected, annotated = [], []    # rows (n, 6) of each image
     for images, *targets in tqdm(test_loader, 'evaluating', unit='batch', leave=False,
@@ -226,7 +227,6 @@ def detect_in_dataset(p, model, dataset, device):
     """Detect objects in all images of a data set: `Detections` in pixels, with its labels."""
     check_shared_memory(p.workers, p.batch_size * 3 * INPUT_SIZE ** 2)
     model = model.to(device, memory_format=torch.channels_last)
-    dataset.antialias = bool(model.antialias)
     loader = make_test_loader(dataset, p.batch_size, p.workers, device)
     detections, _ = find_detections(loader, model)
     if dataset.label_map != model.label_map:    # COCO's published weights

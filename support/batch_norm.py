@@ -3,8 +3,8 @@
 The paper's network has none, and hardly learns from random weights without it.
 
 Running statistics are those of the batches before. Activations that are not finite would make them
-NaN for good. As every layer's input is normalized, that takes weights that have diverged, and then
-the run stops after ten skipped steps, without another checkpoint.
+NaN for good, and checkpoints with them. As every layer's input is normalized, that takes weights
+that have diverged: lower the learning rate, and start from a checkpoint of before.
 """
 
 from torch import nn

@@ -113,10 +113,10 @@ def load_optimizer_state(optimizer, saved, state_names):
     Raises:
         Exception: the content does not fit the optimizer; the type depends on what is wrong.
     """
-    own_groups = optimizer.state_dict()['param_groups']
+    current_groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': [
-        {**own, 'params': group['params']}
-        for own, group in zip(own_groups, saved['param_groups'], strict=True)]})
+        {**current, 'params': group['params']}
+        for current, group in zip(current_groups, saved['param_groups'], strict=True)]})
     # PyTorch compares only the number of parameters.
     for parameter, state in optimizer.state.items():
         if state.keys() != state_names:
@@ -143,7 +143,10 @@ def save_checkpoint(path, **state):
         UserError: the file cannot be written.
     """
     with atomic_write(path) as temporary, open(temporary, 'wb') as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:   # which torch.save makes of a full disk
+            raise OSError(error) from error
         file.flush()
         os.fsync(file.fileno())     # on the disk before the rename, in case of a power failure
 

@@ -115,9 +115,10 @@ def check_image(row, where):
 def check_category(row, where):
     """Check the name of a category, without white space around it."""
     name = row.get('name')
-    if not isinstance(name, str) or name.strip() in ('', 'background'):
-        raise UserError(f'{where}: {reprlib.repr(name)} is no name of a class (background stands '
-                        f'for no object); name it')
+    if (not isinstance(name, str) or name.strip() in ('', 'background')
+            or not name.isprintable()):
+        raise UserError(f'{where}: {reprlib.repr(name)} is not a class name (background stands for '
+                        f'no object); name it')
     row['name'] = name.strip()
 
 
@@ -212,8 +213,8 @@ def list_objects(data, image, label_map, keep_crowds):
         x, y, width, height = row['bbox']
         name = data.categories[row['category_id']]
         if name not in label_map:
-            raise UserError(f'{data.path}, image {image["id"]}: class {name!r} is none of '
-                            f'{sorted(label_map)}; add it to the classes')
+            raise UserError(f'{data.path}, image {image["id"]}: class {name!r} is not one of '
+                            f'{sorted(label_map.keys() - {"background"})}; add it to the classes')
         if width <= 1 or height <= 1:
             counts['boxes of a pixel or less, dropped'] += 1
         elif row['iscrowd'] and not keep_crowds:
@@ -230,7 +231,7 @@ def join_for_evaluation(test_data, train_data, kept, label_map):
     """Join the images of the TEST list to one annotation file, which COCO's evaluation reads.
 
     It has the original boxes, areas and crowds, and the original ids of images and categories.
-    Where files use an id for different images, all images are numbered anew; so are categories.
+    Where files use an id for different images, all images are renumbered; so are categories.
 
     Args:
         test_data, train_data: lists of CocoData; of TRAIN only the categories count.
@@ -244,12 +245,12 @@ def join_for_evaluation(test_data, train_data, kept, label_map):
     for data in (*train_data, *test_data):  # the last one counts
         category_ids.update((name, value) for value, name in data.categories.items()
                             if name in category_ids)
-    if None in category_ids.values() or has_twice(category_ids.values()):
+    if None in category_ids.values() or has_duplicates(category_ids.values()):
         category_ids = {name: label_map[name] for name in category_ids}
 
     rows = [(data, image) for data in test_data for image in data.images if image['path'] in kept]
     image_ids = [image['id'] for _, image in rows]
-    if has_twice(image_ids):
+    if has_duplicates(image_ids):
         image_ids = range(1, len(rows) + 1)
     images, annotations = [], []
     for image_id, (data, image) in zip(image_ids, rows):
@@ -264,7 +265,7 @@ def join_for_evaluation(test_data, train_data, kept, label_map):
             'categories': [{'id': value, 'name': name} for name, value in category_ids.items()]}
 
 
-def has_twice(values):
+def has_duplicates(values):
     """Return whether a value occurs twice."""
     return len(set(values)) < len(values)
 
@@ -286,8 +287,8 @@ def read_evaluation(data_folder, images, label_map):
     data = read_coco(path)
     if ([image['file_name'] for image in data.images] != images
             or {*data.categories.values()} != label_map.keys() - {'background'}):
-        raise UserError(f'{path} has other images or classes than the lists beside it; make the '
-                        f'lists again with create_data_lists.py')
+        raise UserError(f'{path} has other images or classes than the lists in its folder; make '
+                        f'them again with create_data_lists.py')
     return data
 
 

@@ -23,6 +23,11 @@ class BrokenImageError(UserError):
     """An image file that cannot be decoded."""
 
 
+WORKER_ADVICE = ('If it was killed, the machine has too little memory: give fewer --workers. After '
+                 'a bus error it is shared memory: give fewer --workers, or give the container '
+                 'more (docker run --shm-size=2g)')
+
+
 def exit_on_user_error(main):
     """Make a script's `main` print a user error as one line on stderr and exit with status 1.
 
@@ -33,18 +38,19 @@ def exit_on_user_error(main):
     def _main(*args, **kwargs):
         try:
             return main(*args, **kwargs)
+        except (EOFError, ConnectionError):
+            message = f'a DataLoader worker ended while it sent a batch. {WORKER_ADVICE}'
         except (UserError, OSError) as error:
             # What a DataLoader's worker raises arrives with the worker's traceback before it.
             message = re.split('UserError: |BrokenImageError: ', str(error))[-1].strip()
         except torch.OutOfMemoryError as error:
             message = f'{str(error).splitlines()[0]} Give a smaller --batch-size'
+        except MemoryError:
+            message = 'out of memory; give a smaller --batch-size or fewer --workers'
         except RuntimeError as error:
-            if 'DataLoader worker (pid' not in str(error):
+            if not re.search(r'DataLoader worker \(pid|Pin memory thread', str(error)):
                 raise
-            message = (f'{str(error).splitlines()[0]}. If it was killed, the machine has too '
-                       f'little memory: give fewer --workers. After a bus error it is shared '
-                       f'memory: give fewer --workers, or a container more (docker run '
-                       f'--shm-size=2g)')
+            message = f'{str(error).splitlines()[0]}. {WORKER_ADVICE}'
         except KeyboardInterrupt:
             message = 'interrupted'
         print(f'{pathlib.Path(sys.argv[0]).name}: {message}', file=sys.stderr)
@@ -88,9 +94,7 @@ def atomic_write(path):
         temporary.touch(exist_ok=False)     # a symbolic link of this name is not followed
         yield temporary
         os.replace(temporary, target)
-    except torch.OutOfMemoryError:  # a RuntimeError too, but of the work in the block
-        raise
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except OSError as error:
         raise UserError(f'{path} cannot be written ({error}); free some space or choose another '
                         f'place') from error
     finally:

@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import sys
+import urllib.parse
 import warnings
 
 from PIL import Image, ImageOps
@@ -110,7 +111,8 @@ def choose_outputs(inputs, output):
 def candidate_names(name):
     """Yield file names for the annotated version of an input: a.jpg, a_2.jpg, a_3.jpg, ..."""
     if is_stream(name):
-        path = pathlib.Path(name.partition('?')[0].rpartition('@')[2])  # without a password
+        parts = urllib.parse.urlsplit(name)
+        path = pathlib.Path(parts.path.strip('/') or parts.hostname or 'stream')
     else:
         path = pathlib.Path({'-': 'stdin'}.get(name, f'camera_{name}' if is_camera(name) else name))
     suffixes, default = ((OUTPUT_VIDEO_SUFFIXES, '.mp4') if is_video(name) else
@@ -214,7 +216,11 @@ def try_read_image(path):
 def save_image(image, output):
     """Write an image file, whole or not at all."""
     with atomic_write(output) as temporary:
-        image.save(temporary, quality=90)
+        try:
+            image.save(temporary, quality=90)
+        except ValueError as error:     # too large for the format
+            raise UserError(f'{output} cannot be written ({error}); choose another suffix'
+                            ) from error
 
 
 def read_batches(pool, paths, size):

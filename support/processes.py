@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import signal
 import threading
+import time
 from multiprocessing import resource_tracker
 
 import torch
@@ -23,6 +24,8 @@ from support.errors import UserError
 TIMEOUT = datetime.timedelta(minutes=10)
 # The same at a barrier, where one rank may be downloading weights or decoding images.
 BARRIER_TIMEOUT = datetime.timedelta(days=1)
+# A signal within so many seconds after the first is a copy of it.
+SAME_SIGNAL_SECONDS = 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,39 +178,49 @@ def check_shared_memory(workers, batch_bytes):
     folder = pathlib.Path('/dev/shm')
     if workers == 0 or not folder.is_dir():
         return
-    free = shutil.disk_usage(folder).free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    usage = shutil.disk_usage(folder)
+    if usage.total == 0:    # no limit
+        return
+    free = usage.free // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     needed = (2 * workers + 1) * batch_bytes    # each worker has two, and one is in use
     if needed > free:
         raise UserError(f'{workers} workers need {needed / 1e6:.0f} MB of shared memory, but '
                         f'{folder} has {free / 1e6:.0f} MB free per rank; give --workers '
-                        f'{max(0, (free // batch_bytes - 1) // 2)}, or a container more '
-                        f'(docker run --shm-size=2g)')
+                        f'{max(0, (free // batch_bytes - 1) // 2)}, or give the container '
+                        f'more shared memory (docker run --shm-size=2g)')
 
 
 @contextlib.contextmanager
 def stop_on_signal():
     """Let the first Ctrl-C or SIGTERM within the block only set a flag, so that a step completes.
 
-    The second one ends the process at once, as without the block.
+    A second one ends the process at once, as without the block, unless it comes right after the
+    first: a job queue may send the signal to torchrun and to its processes, and torchrun sends it
+    on.
 
     Yields:
         The flag, a threading.Event.
     """
     flag = threading.Event()
-    handlers = {}
+    handlers, ignored_until = {}, None
 
     def restore_handlers():
         """Handle signals as before the block."""
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    def handle_first(number, frame):
-        """Handle the first signal."""
-        flag.set()
-        restore_handlers()
+    def handle(number, frame):
+        """Set the flag, or end the process."""
+        nonlocal ignored_until
+        if not flag.is_set():
+            flag.set()
+            ignored_until = time.monotonic() + SAME_SIGNAL_SECONDS
+        elif time.monotonic() > ignored_until:
+            restore_handlers()
+            signal.raise_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, handle_first)
+        handlers[number] = signal.signal(number, handle)
     try:
         yield flag
     finally:

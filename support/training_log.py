@@ -96,7 +96,7 @@ class TrainingLog:
         Args:
             iteration: number of iterations done.
             lr: learning rate of the last one.
-            scale: of the gradients now, see `train.make_scaler()`.
+            scale: of the gradients now, see `support.gradient_scaling.make_scaler()`.
 
         Raises:
             UserError: too many steps in a row were skipped.
@@ -264,13 +264,12 @@ def read_log(path):
     rows = []
     for cells in lines:
         try:
-            numbers = [float(cell) if cell else math.nan for cell in cells]
-        except ValueError:
+            row = dict(zip(COLUMNS, (float(cell) if cell else math.nan for cell in cells),
+                           strict=True))
+            row |= {column: int(row[column]) for column in ('iteration', 'skipped')}
+        except (ValueError, OverflowError):
             continue
-        if len(numbers) == len(COLUMNS) and not math.isnan(numbers[0]):
-            rows.append(dict(zip(COLUMNS, numbers)))
-            for column in ('iteration', 'skipped'):
-                rows[-1][column] = int(rows[-1][column])
+        rows.append(row)
     return rows
 
 

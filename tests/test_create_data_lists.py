@@ -415,7 +415,7 @@ def test_other_data_take_any_number_of_splits_and_their_own_classes(make_voc, tm
     ({'train': (':split',)}, "':split' is not folder:split"),
     ({'train': ('a:b',), 'download': 'x'}, '--download is for VOC'),
     ({'train': ('a:b',), 'classes': ('cat', 'cat')}, 'each class once'),
-    ({'train': ('a:b',), 'classes': ('background',)}, 'background is none of them'),
+    ({'train': ('a:b',), 'classes': ('background',)}, 'leave background out'),
 ])
 def test_invalid_parameters_are_reported(parameters, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -156,7 +156,7 @@ def test_classes_of_several_files_are_joined_by_name(make_coco, tmp_path):
 def test_given_classes_are_those_of_the_lists(export, tmp_path):
     write_coco_lists([export], [export], tmp_path / 'lists', {'background': 0, 'dog': 1, 'cat': 2})
     assert read_list(tmp_path / 'lists', 'TRAIN_objects')[0]['labels'] == [1]
-    with pytest.raises(UserError, match="class 'cat' is none of"):
+    with pytest.raises(UserError, match="class 'cat' is not one of"):
         write_coco_lists([export], [], tmp_path / 'lists', {'background': 0, 'dog': 1})
 
 
@@ -213,9 +213,9 @@ def test_lists_in_voc_layout_replace_those_of_coco(export, make_voc, tmp_path):
     (('images', 0, 'id'), 4, 'the image id 4 occurs twice'),
     (('categories', 0, 'id'), 3, 'the category id 3 occurs twice'),
     (('annotations', 0, 'id'), 101, 'the annotation id 101 occurs twice'),
-    (('categories', 0, 'name'), None, 'category 7: None is no name'),
-    (('categories', 0, 'name'), ' ', "category 7: ' ' is no name"),
-    (('categories', 0, 'name'), 'background', "category 7: 'background' is no name"),
+    (('categories', 0, 'name'), None, 'category 7: None is not a class name'),
+    (('categories', 0, 'name'), ' ', "category 7: ' ' is not a class name"),
+    (('categories', 0, 'name'), 'background', "category 7: 'background' is not a class name"),
     (('categories', 0, 'name'), 'cat', "2 categories are named 'cat'"),
     (('annotations', 0, 'image_id'), 5, 'annotation 100: image_id 5 is not in the file'),
     (('annotations', 0, 'image_id'), [], r'annotation 100: image_id \[\] is not in the file'),
@@ -268,8 +268,8 @@ def test_exports_are_parsed():
 
 @pytest.mark.parametrize('parameters, message', [
     ({'coco_train': ('a.json',)}, "'a.json' is not annotations.json:images"),
-    ({'coco_test': ('a.json:b',), 'train': ('a:b',)}, 'take no other data'),
-    ({'coco_test': ('a.json:b',), 'download': 'x'}, 'take no other data'),
+    ({'coco_test': ('a.json:b',), 'train': ('a:b',)}, 'cannot be combined'),
+    ({'coco_test': ('a.json:b',), 'download': 'x'}, 'cannot be combined'),
     ({'coco_test': ('a.json:b',), 'classes': ('a', 'a')}, 'each class once'),
     ({'coco_test': ('a.json:b',)}, 'a.json cannot be read'),
 ])

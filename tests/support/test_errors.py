@@ -31,9 +31,12 @@ from support.errors import (
                'decoded\n'), 'photo.jpg: cannot be decoded'),
     (torch.OutOfMemoryError('CUDA out of memory.\nDetails'), 'Give a smaller --batch-size'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), 'fewer --workers'),
+    (RuntimeError('Pin memory thread exited unexpectedly'), 'fewer --workers'),
+    (EOFError(), 'fewer --workers'), (ConnectionResetError(), 'fewer --workers'),
+    (MemoryError(), 'out of memory'),
     (KeyboardInterrupt(), 'interrupted'),
 ], ids=['user error', 'missing file', 'user error in a worker', 'GPU memory', 'killed worker',
-        'Ctrl-C'])
+        'pinning', 'half a batch', 'no batch', 'memory', 'Ctrl-C'])
 def test_user_error_is_printed_as_one_line_with_exit_status_1(error, message, capsys):
     @exit_on_user_error
     def main():
@@ -87,9 +90,10 @@ def test_file_is_written_completely_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ['result.txt']
 
 
-def test_memory_that_runs_out_is_not_reported_as_an_unwritable_file(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), atomic_write(tmp_path / 'result.txt'):
-        raise torch.OutOfMemoryError('CUDA out of memory')
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError, RuntimeError])
+def test_error_of_the_work_in_the_block_is_not_one_of_the_file(tmp_path, error):
+    with pytest.raises(error, match='CUDA'), atomic_write(tmp_path / 'result.txt'):
+        raise error('CUDA out of memory')
     assert os.listdir(tmp_path) == []
 
 

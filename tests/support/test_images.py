@@ -149,3 +149,9 @@ def test_two_batches_are_in_memory_at_most(monkeypatch):
 def test_line_of_a_name_with_unprintable_characters_is_one_line(capsys):
     print_line('é a\nb\r\x1b[2J\udcff.jpg -> b')
     assert capsys.readouterr().out == 'é a\\nb\\r\\x1b[2J\\udcff.jpg -> b\n'
+
+
+def test_image_that_its_format_cannot_hold_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match='wide.webp cannot be written.*another suffix'):
+        save_image(Image.new('RGB', (17_000, 2)), tmp_path / 'wide.webp')
+    assert list(tmp_path.iterdir()) == []

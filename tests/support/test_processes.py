@@ -153,16 +153,22 @@ def test_too_little_shared_memory_is_a_user_error(monkeypatch):
 # --- signals ---
 
 
-def test_first_signal_sets_the_flag_and_the_second_ends_the_process(fork):
+def test_first_signal_sets_the_flag_and_a_later_one_ends_the_process(fork, monkeypatch):
+    monkeypatch.setattr('support.processes.SAME_SIGNAL_SECONDS', 0.5)
+
     def run(connection):
         with stop_on_signal() as flag:
             os.kill(os.getpid(), signal.SIGTERM)
             connection.send(flag.is_set())
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)    # a copy of the first
             connection.send('still there')
+            time.sleep(0.6)
+            os.kill(os.getpid(), signal.SIGTERM)
+            connection.send('and still')
 
     process, connection = fork(run)
     assert connection.recv() is True
+    assert connection.recv() == 'still there'
     with pytest.raises(EOFError):
         connection.recv()
     process.join(10)
