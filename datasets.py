@@ -176,7 +176,7 @@ class Loader(DataLoader):
         # DataLoader would raise an error as soon as a worker dies, perhaps in the middle of a step.
         # Without its handler it does so when the next batch is fetched.
         if handles:
-            signal.signal(signal.SIGCHLD, handler)
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)    # None: not from Python
         return batches
 
 
