@@ -61,7 +61,8 @@ def invalid(path, problem):
 def is_label_map(label_map):
     """Return whether this maps class names to 0, 1, 2, ..., each once, and background to 0."""
     return (isinstance(label_map, dict) and label_map.get('background') == 0
-            and all(type(label) is int for label in label_map.values())     # a bool is not
+            and all(type(name) is str and type(label) is int    # a bool is not
+                    for name, label in label_map.items())
             and sorted(label_map.values()) == list(range(len(label_map))))
 
 

@@ -29,6 +29,7 @@ import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
 from support.checkpoints import download_weights, load_checkpoint
+from support.data_lists import is_label_map
 from support.errors import UserError
 from utils import INPUT_SIZE, default_label_map
 
@@ -260,9 +261,7 @@ def check_classes(state, label_map):
     n_classes = count_classes(state)
     if len(label_map) != n_classes:
         raise UserError(f'its weights have {n_classes} classes, its label_map {len(label_map)}')
-    if (not all(type(name) is str and type(i) is int for name, i in label_map.items())
-            or sorted(label_map.values()) != list(range(n_classes))
-            or label_map.get('background') != 0):
+    if not is_label_map(label_map):
         raise UserError(f'its label_map has to number {n_classes} names from 0, the background: '
                         f'{str(label_map)[:80]}')
 

@@ -7,19 +7,10 @@ import pytest
 import torch
 
 import utils
+from reference import jaccard_overlap
 
 LABEL_MAP = {'background': 0, 'a': 1, 'b': 2, 'c': 3}
 CAT_MAP = {'background': 0, 'cat': 1}
-
-
-def iou(box, other):
-    """Jaccard overlap of two boxes."""
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.
-    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
-    return width * height / (areas - width * height)
 
 
 def devkit_curve(detections, objects):
@@ -37,8 +28,8 @@ def devkit_curve(detections, objects):
     for _, image, box in sorted(detections, key=lambda detection: -detection[0]):
         highest, best = -math.inf, None
         for number, (true_box, _) in enumerate(objects.get(image, [])):
-            if iou(box, true_box) > highest:
-                highest, best = iou(box, true_box), number
+            if jaccard_overlap(box, true_box) > highest:
+                highest, best = jaccard_overlap(box, true_box), number
         if highest >= 0.5 and objects[image][best][1]:
             pass
         elif highest >= 0.5 and (image, best) not in detected:

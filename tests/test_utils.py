@@ -8,6 +8,7 @@ import torchvision
 from PIL import Image
 
 import utils
+from reference import jaccard_overlap
 from support.errors import UserError
 
 LABEL_MAP = {'background': 0, 'cat': 1, 'dog': 2}
@@ -156,12 +157,12 @@ def test_overlap_broadcasts_and_accepts_empty_sets(find):
 
 
 @pytest.fixture(scope='module')
-def greedy(overlap_of):
+def greedy():
     """Return greedy non-maximum suppression as a loop over boxes, best first."""
     def suppress(boxes, scores, max_overlap):
         boxes, scores, kept = boxes.tolist(), scores.tolist(), []
         for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):  # stable: lower index first
-            if all(overlap_of(boxes[i], boxes[j]) <= max_overlap for j in kept):
+            if all(jaccard_overlap(boxes[i], boxes[j]) <= max_overlap for j in kept):
                 kept.append(i)
         return kept
     return suppress

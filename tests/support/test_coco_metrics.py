@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from reference import jaccard_overlap
 from support.coco_metrics import coco_average_precision
 from utils import Detections, GroundTruth
 
 LABEL_MAP = {'background': 0, 'cat': 1, 'dog': 2, 'owl': 3}
-
-
-def iou(box, other):
-    """Jaccard overlap of two boxes."""
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.
-    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
-    return width * height / (areas - width * height)
 
 
 def random_case(n_images, n_detections=6, n_objects=3):
@@ -52,10 +43,10 @@ def slow_average_precision(detections, ground_truth, label, threshold):
         rows = [(score, box) for box, det_label, score in zip(
             *(column.tolist() for column in detected)) if det_label == label]
         for score, box in sorted(rows, key=lambda row: -row[0])[:100]:
-            free = [o for o in objects if o['free'] and iou(box, o['box']) >= threshold]
+            free = [o for o in objects if o['free'] and jaccard_overlap(box, o['box']) >= threshold]
             # Of equal IoUs COCO takes the last, and an ignored object only if no other is free.
             free = [o for o in free if not o['ignored']] or free
-            match = max(reversed(free), key=lambda o: iou(box, o['box']), default=None)
+            match = max(reversed(free), key=lambda o: jaccard_overlap(box, o['box']), default=None)
             if match:
                 match['free'] = False
             outcomes.append((score, match is not None, match is not None and match['ignored']))
