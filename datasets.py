@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from support.data_lists import read_lists
 from support.errors import UserError
+from support.large_jpeg import read_or_postpone
 from support.processes import block_signals, get_rank, get_world_size, ignore_signals_in_worker
-from utils import pad_objects, read_image, transform
+from utils import INPUT_SIZE, pad_objects, transform
 
 
 class PascalVOCDataset(Dataset):
@@ -41,18 +42,23 @@ class PascalVOCDataset(Dataset):
         self.augment = augment
         self.images, self.objects, self.label_map = read_lists(data_folder, split)
         self.cache = None   # see `ImageCache`
-        self.antialias = True   # that of the model, see `utils.warp()`
+        self.antialias, self.size = True, INPUT_SIZE    # those of the model, see `utils.warp()`
         missing = [path for path in self.images if not pathlib.Path(path).is_file()]
         if missing:
             raise UserError(f'{len(missing)} of the {len(self.images)} images of {data_folder} are '
                             f'missing, such as {missing[0]}; if they have moved, run '
                             f'create_data_lists.py again')
 
+    def resize_for(self, model):
+        """Resize images as the weights of a model expect it."""
+        self.antialias, self.size = bool(model.antialias), model.input_size
+
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        image = read_image(self.images[i]) if self.cache is None else self.cache[i]
+        image = (read_or_postpone(self.images[i], self.size) if self.cache is None
+                 else self.cache[i])
         objects = self.objects[i]
         boxes = torch.tensor(objects['boxes'], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor(objects['labels'], dtype=torch.int64)
@@ -61,7 +67,8 @@ class PascalVOCDataset(Dataset):
             easy = ~difficulties
             boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
         split = self.split if self.augment else 'TEST'
-        return transform(image, boxes, labels, difficulties, split, self.antialias)
+        return transform(image, boxes, labels, difficulties, split, self.antialias,
+                         self.size)
 
 
 # --------------------------------------------------------------------------------------------------

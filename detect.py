@@ -162,10 +162,9 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None, batch
 @torch.no_grad()
 def predict_batch(images, model, names, min_score, max_overlap, top_k):
     """Detect objects of the named classes in a list of N upright RGB images; see `predict()`."""
-    antialias = bool(model.antialias)
-    inputs = [pil_to_tensor(warp(image, (0, 0, *image.size), antialias=antialias))
-              for image in images]
-    batch = torch.stack(inputs).to(model.priors_cxcy.device)        # (N, 3, 300, 300)
+    inputs = [pil_to_tensor(warp(image, (0, 0, *image.size), antialias=bool(model.antialias),
+                                 size=model.input_size)) for image in images]
+    batch = torch.stack(inputs).to(model.priors_cxcy.device)        # (N, 3, size, size)
     # Detections of other classes must not use up places among the best top_k.
     all_classes = len(names) == len(model.label_map) - 1
     detections = model.detect_objects(*model(model.normalize(batch)), min_score, max_overlap,

@@ -40,7 +40,7 @@ from support.processes import (
     get_rank,
     process_group,
 )
-from utils import INPUT_SIZE, Detections, GroundTruth, calculate_mAP, match_classes
+from utils import Detections, GroundTruth, calculate_mAP, match_classes
 
 
 @dataclasses.dataclass
@@ -120,7 +120,7 @@ def find_detections(test_loader, model, autocast=None):
     """
     was_training = model.training
     model.eval()
-    test_loader.dataset.antialias = bool(model.antialias)
+    test_loader.dataset.resize_for(model)
     device = model.priors_cxcy.device
     detected, annotated = [], []    # rows (n, 6) of each image
     for images, *targets in tqdm(test_loader, 'evaluating', unit='batch', leave=False,
@@ -225,7 +225,7 @@ def main(parameters):
 
 def detect_in_dataset(p, model, dataset, device):
     """Detect objects in all images of a data set: `Detections` in pixels, with its labels."""
-    check_shared_memory(p.workers, p.batch_size * 3 * INPUT_SIZE ** 2)
+    check_shared_memory(p.workers, p.batch_size * 3 * model.input_size ** 2)
     model = model.to(device, memory_format=torch.channels_last)
     loader = make_test_loader(dataset, p.batch_size, p.workers, device)
     detections, _ = find_detections(loader, model)

@@ -2,7 +2,7 @@
 
 Read it top to bottom: the table of feature maps and the priors made from it; base, auxiliary and
 prediction convolutions; the network made of all these, and how its output becomes boxes; matching,
-hard negative mining and the loss.
+hard negative mining and the loss; SSD512, the same for larger images.
 
 Paper: Liu et al., "SSD: Single Shot MultiBox Detector", 2016, https://arxiv.org/abs/1512.02325
 
@@ -26,6 +26,7 @@ from support.published import check_classes, read_checkpoint
 from utils import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    INPUT_SIZE,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
     default_label_map,
@@ -62,8 +63,8 @@ class FeatureMap(NamedTuple):
 
 
 # The priors, the prediction convolutions and the number 8732 come from this table; another input
-# size means another table. Sizes: figure 2 of the paper. Scales: 0.2 to 0.9 in equal steps (section
-# 2.2), and 0.1 for conv4_3 (section 3.1, which also gives the aspect ratios of each map).
+# size means another table (see `SSD512`). Sizes: figure 2 of the paper. Scales: 0.2 to 0.9 in equal
+# steps (section 2.2), and 0.1 for conv4_3 (section 3.1, which also gives the aspect ratios).
 FEATURE_MAPS = (
     FeatureMap('conv4_3', 512, 38, 0.1, (1., 2., 1 / 2)),
     FeatureMap('conv7', 1024, 19, 0.2, (1., 2., 3., 1 / 2, 1 / 3)),
@@ -76,7 +77,7 @@ N_PRIORS = sum(feature_map.size ** 2 * feature_map.n_priors_per_cell
                for feature_map in FEATURE_MAPS)     # 8732
 
 
-def create_prior_boxes(scales=None):
+def create_prior_boxes(scales=None, feature_maps=FEATURE_MAPS):
     """Create the priors of all feature maps.
 
     Map by map, cell by cell (row by row). In a cell: aspect ratio 1, the additional square, then
@@ -84,16 +85,17 @@ def create_prior_boxes(scales=None):
     height = s / sqrt(r), so that the area is s * s for every r.
 
     Args:
-        scales: those of the six maps, and of the one that would follow; None: those of the table,
-            and 1, the whole image.
+        scales: those of the maps, and of the one that would follow; None: those of the table, and
+            1, the whole image.
+        feature_maps: the table.
 
     Returns:
         (P, 4), center and size (cx, cy, w, h) in fractions of the image. No side is longer than the
         image's (the last two maps would have a few), but priors may reach beyond its border.
     """
     priors = []
-    scales = scales or [*(feature_map.scale for feature_map in FEATURE_MAPS), 1.]
-    for feature_map, scale, next_scale in zip(FEATURE_MAPS, scales, scales[1:]):
+    scales = scales or [*(feature_map.scale for feature_map in feature_maps), 1.]
+    for feature_map, scale, next_scale in zip(feature_maps, scales, scales[1:]):
         sizes = [(scale * math.sqrt(r), scale / math.sqrt(r)) for r in feature_map.aspect_ratios]
         # From one map to the next the scale grows by a factor of 1.2 to 2. The additional square,
         # at the geometric mean of both scales, covers the objects in between (section 2.2).
@@ -103,7 +105,6 @@ def create_prior_boxes(scales=None):
             for column in range(feature_map.size):
                 cx, cy = (column + 0.5) / feature_map.size, (row + 0.5) / feature_map.size
                 priors.extend((cx, cy, width, height) for width, height in sizes)
-    assert len(priors) == N_PRIORS, f'{len(priors)} priors, not {N_PRIORS}'
     return torch.tensor(priors).clamp(0, 1)     # (P, 4)
 
 
@@ -287,12 +288,12 @@ class PredictionConvolutions(nn.Module):
     For each cell they predict 4 offsets and C scores per prior of that cell.
     """
 
-    def __init__(self, n_classes):
+    def __init__(self, n_classes, feature_maps=FEATURE_MAPS):
         super().__init__()
         self.n_classes = n_classes
         self.loc_convs = nn.ModuleList()
         self.class_convs = nn.ModuleList()
-        for feature_map in FEATURE_MAPS:
+        for feature_map in feature_maps:
             channels, n_priors = feature_map.channels, feature_map.n_priors_per_cell
             self.loc_convs.append(nn.Conv2d(channels, n_priors * 4, 3, padding=1))
             self.class_convs.append(nn.Conv2d(channels, n_priors * n_classes, 3, padding=1))
@@ -305,13 +306,14 @@ class PredictionConvolutions(nn.Module):
         """Predict offsets and class scores for all priors.
 
         Args:
-            feature_maps: the six maps of the table, in its order.
+            feature_maps: the maps of the table, in its order.
 
         Returns:
             locs (N, P, 4) and classes_scores (N, P, C). Row p of both is for prior p, in the order
             of `create_prior_boxes()`.
         """
-        assert len(feature_maps) == len(FEATURE_MAPS), f'{len(feature_maps)} maps, not 6'
+        n_maps = len(self.loc_convs)
+        assert len(feature_maps) == n_maps, f'{len(feature_maps)} maps, not {n_maps}'
         locs, classes_scores = [], []
         for feats, loc_conv, class_conv in zip(feature_maps, self.loc_convs, self.class_convs):
             # The channels of a cell hold the numbers of its first prior, then those of its second,
@@ -357,7 +359,11 @@ class SSD300(nn.Module):
         priors_cxcy: (P, 4), center and size in fractions; a buffer, saved with the weights.
     """
 
-    create_prior_boxes = staticmethod(create_prior_boxes)   # where other SSDs have it
+    # What another input size changes, see `SSD512`.
+    input_size = INPUT_SIZE     # width and height of the images, in pixels
+    feature_maps = FEATURE_MAPS
+    make_aux_convs = AuxiliaryConvolutions
+    create_prior_boxes = staticmethod(create_prior_boxes)
 
     def __init__(self, n_classes):
         super().__init__()
@@ -365,8 +371,8 @@ class SSD300(nn.Module):
         self.label_map = default_label_map(n_classes)
 
         self.base = VGGBase()
-        self.aux_convs = AuxiliaryConvolutions()
-        self.pred_convs = PredictionConvolutions(n_classes)
+        self.aux_convs = self.make_aux_convs()
+        self.pred_convs = PredictionConvolutions(n_classes, self.feature_maps)
 
         # conv4_3's activations are much larger than those of the later maps, and would dominate the
         # gradients. So they are normalized in each cell and scaled by one learned factor per
@@ -448,7 +454,7 @@ class SSD300(nn.Module):
         """Load a model from a checkpoint: on the CPU, in evaluation mode, with its `label_map`.
 
         Reads what `train.py` wrote, and the published weights that `support/published.py` lists.
-        No code in the file is executed.
+        The weights of an SSD512 make an SSD512. No code in the file is executed.
 
         Raises:
             UserError: the file is missing, truncated, or of another program.
@@ -470,7 +476,8 @@ class SSD300(nn.Module):
     def from_state(cls, checkpoint):
         """Build a model in evaluation mode from a checkpoint's `model` and `label_map`."""
         check_classes(checkpoint['model'], checkpoint['label_map'])
-        model = cls(n_classes=len(checkpoint['label_map']))
+        is_ssd512 = 'aux_convs.conv12_2.weight' in checkpoint['model']
+        model = (SSD512 if is_ssd512 else cls)(n_classes=len(checkpoint['label_map']))
         defaults = {name: getattr(model, name) for name in CONSTANTS}   # for files without them
         model.load_state_dict({**defaults, **fold_batch_norm(checkpoint['model'])})
         model.label_map = checkpoint['label_map']
@@ -693,3 +700,69 @@ def hard_negatives(cross_entropy, positive, n_hard):
     place = torch.arange(cross_entropy.shape[1], device=cross_entropy.device)   # (P,)
     # hard[i, ranking[i, k]] = k < n_hard[i]
     return torch.zeros_like(positive).scatter(1, ranking, place < n_hard)
+
+
+# --------------------------------------------------------------------------------------------------
+# SSD512
+#
+# The same network for images of 512 x 512 pixels: another table, and one more auxiliary map. Its
+# scales start lower (Caffe code, ssd_pascal_512.py), for 0.07 of 512 pixels are 36 of them.
+# --------------------------------------------------------------------------------------------------
+
+FEATURE_MAPS_512 = (
+    FeatureMap('conv4_3', 512, 64, 0.07, (1., 2., 1 / 2)),
+    FeatureMap('conv7', 1024, 32, 0.15, (1., 2., 3., 1 / 2, 1 / 3)),
+    FeatureMap('conv8_2', 512, 16, 0.3, (1., 2., 3., 1 / 2, 1 / 3)),
+    FeatureMap('conv9_2', 256, 8, 0.45, (1., 2., 3., 1 / 2, 1 / 3)),
+    FeatureMap('conv10_2', 256, 4, 0.6, (1., 2., 3., 1 / 2, 1 / 3)),
+    FeatureMap('conv11_2', 256, 2, 0.75, (1., 2., 1 / 2)),
+    FeatureMap('conv12_2', 256, 1, 0.9, (1., 2., 1 / 2)),
+)
+SCALES_512 = (*(feature_map.scale for feature_map in FEATURE_MAPS_512), 1.05)
+
+
+class AuxiliaryConvolutions512(nn.Module):
+    """Five pairs of convolutions after the base; all but the last halve the map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv8_1 = nn.Conv2d(1024, 256, kernel_size=1)
+        self.conv8_2 = nn.Conv2d(256, 512, kernel_size=3, stride=2, padding=1)
+
+        self.conv9_1 = nn.Conv2d(512, 128, kernel_size=1)
+        self.conv9_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
+
+        self.conv10_1 = nn.Conv2d(256, 128, kernel_size=1)
+        self.conv10_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
+
+        self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
+        self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
+
+        self.conv12_1 = nn.Conv2d(256, 128, kernel_size=1)
+        self.conv12_2 = nn.Conv2d(128, 256, kernel_size=4, padding=1)
+
+        for layer in self.children():
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, conv7_feats):
+        """Compute the feature maps conv8_2 to conv12_2 from conv7_feats (N, 1024, 32, 32)."""
+        conv8_2_feats = F.relu(self.conv8_2(F.relu(self.conv8_1(conv7_feats))))         # 16 x 16
+        conv9_2_feats = F.relu(self.conv9_2(F.relu(self.conv9_1(conv8_2_feats))))       # 8 x 8
+        conv10_2_feats = F.relu(self.conv10_2(F.relu(self.conv10_1(conv9_2_feats))))    # 4 x 4
+        conv11_2_feats = F.relu(self.conv11_2(F.relu(self.conv11_1(conv10_2_feats))))   # 2 x 2
+        conv12_2_feats = F.relu(self.conv12_2(F.relu(self.conv12_1(conv11_2_feats))))   # 1 x 1
+        return conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats, conv12_2_feats
+
+
+class SSD512(SSD300):
+    """The network for images (N, 3, 512, 512), with P = 24564 priors."""
+
+    input_size = 512
+    feature_maps = FEATURE_MAPS_512
+    make_aux_convs = AuxiliaryConvolutions512
+
+    @staticmethod
+    def create_prior_boxes(scales=SCALES_512):
+        """Create the priors (P, 4), see the function `create_prior_boxes()`."""
+        return create_prior_boxes(scales, FEATURE_MAPS_512)

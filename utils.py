@@ -337,7 +337,7 @@ def read_number(element, tag, where, default=None):
 # normalized floats that the network takes.
 # --------------------------------------------------------------------------------------------------
 
-INPUT_SIZE = 300    # width and height of the network's input, in pixels
+INPUT_SIZE = 300    # width and height of SSD300's input, in pixels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # red, green, blue
 FILLER = tuple(round(255 * mean) for mean in IMAGENET_MEAN)     # around the image after a zoom-out
 
@@ -422,7 +422,7 @@ CROP_OPTIONS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.)
 CROP_TRIES = 50
 
 
-def transform(image, boxes, labels, difficulties, split, antialias=True):
+def transform(image, boxes, labels, difficulties, split, antialias=True, size=INPUT_SIZE):
     """Convert an image and its objects to the network's input, with augmentation in training.
 
     TRAIN: random colors, zoom-out, crop, flip and warp, drawn from Python's `random`. TEST: the
@@ -432,7 +432,7 @@ def transform(image, boxes, labels, difficulties, split, antialias=True):
         image: PIL image, RGB.
         boxes, labels, difficulties: (O, 4) in pixels, (O,) int64, (O,) bool.
         split: 'TRAIN' or 'TEST'.
-        antialias: see `warp()`.
+        antialias, size: see `warp()`.
 
     Returns:
         image (3, 300, 300) uint8, boxes (O, 4) in fractions, labels (O,), difficulties (O,).
@@ -440,7 +440,7 @@ def transform(image, boxes, labels, difficulties, split, antialias=True):
     assert split in ('TRAIN', 'TEST'), f'split is {split!r}, not TRAIN or TEST'
     window = (0, 0, *image.size)
     if split == 'TEST':
-        return (pil_to_tensor(warp(image, window, antialias=antialias)),
+        return (pil_to_tensor(warp(image, window, antialias=antialias, size=size)),
                 boxes / boxes.new_tensor([*image.size, *image.size]), labels, difficulties)
 
     colors = sample_colors()
@@ -451,7 +451,7 @@ def transform(image, boxes, labels, difficulties, split, antialias=True):
             window = larger
     window = sample_crop(window, boxes)
     boxes, labels, difficulties = crop(boxes, labels, difficulties, window)
-    image = warp(image, window, lambda part: distort(part, **colors), antialias)
+    image = warp(image, window, lambda part: distort(part, **colors), antialias, size)
     if random.random() < 0.5:
         image, boxes = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip(boxes)
     return pil_to_tensor(image), boxes, labels, difficulties
@@ -578,8 +578,8 @@ def distort(image, brightness, contrast, saturation, hue, contrast_first):
     return image
 
 
-def warp(image, window, change=None, antialias=True):
-    """Resize a window of an image to 300 x 300, with a filler where it reaches past the border.
+def warp(image, window, change=None, antialias=True, size=INPUT_SIZE):
+    """Resize a window of an image to a square, with a filler where it reaches past the border.
 
     Args:
         image: PIL image, RGB.
@@ -588,6 +588,7 @@ def warp(image, window, change=None, antialias=True):
             size.
         antialias: average all source pixels that become one pixel of the result, and not only the
             four nearest to its center.
+        size: width and height of the result, `input_size` of the network.
     """
     # For x and y: `step` source pixels become one pixel of the result, whose pixel i shows the
     # source from low + i * step to low + (i + 1) * step. From `first` up to `last` (exclusive) this
@@ -595,20 +596,20 @@ def warp(image, window, change=None, antialias=True):
     # and the range of the source that is resized to it.
     spans = []
     for low, high, side in zip(window[:2], window[2:], image.size):
-        step = (high - low) / INPUT_SIZE
+        step = (high - low) / size
         # 1e-6 against rounding errors: 21 / (21 / 300) is a little less than 300.
         first = max(0, math.ceil(-low / step - 1e-6))
-        last = min(INPUT_SIZE, math.floor((side - low) / step + 1e-6))
+        last = min(size, math.floor((side - low) / step + 1e-6))
         spans.append((first, last, max(0., low + first * step), min(side, low + last * step)))
     (left, right, x_min, x_max), (top, bottom, y_min, y_max) = spans
-    result = Image.new('RGB', (INPUT_SIZE, INPUT_SIZE), FILLER)
+    result = Image.new('RGB', (size, size), FILLER)
     if left >= right or top >= bottom:
         return result
-    size, box = (right - left, bottom - top), (x_min, y_min, x_max, y_max)
+    part_size, box = (right - left, bottom - top), (x_min, y_min, x_max, y_max)
     if antialias:
-        part = image.resize(size, Image.Resampling.BILINEAR, box)
+        part = image.resize(part_size, Image.Resampling.BILINEAR, box)
     else:
-        part = image.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+        part = image.transform(part_size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
     part = change(part) if change else part
     if part.size == result.size:
         return part

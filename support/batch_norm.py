@@ -9,8 +9,6 @@ that have diverged: lower the learning rate, and start from a checkpoint of befo
 
 from torch import nn
 
-from support.published import AUX_CONVS, BASE_CONVS
-
 EPSILON = 1e-5  # added to the variance
 # Tensors of a BatchNorm2d that its output depends on.
 NORM_TENSORS = ('weight', 'bias', 'running_mean', 'running_var')
@@ -22,8 +20,9 @@ def add_batch_norm(model):
     The BatchNorm2d is an attribute `norm` of its convolution, so that the names of the other
     weights do not change. The bias of the convolution, superfluous before it, stays.
     """
-    for name in BASE_CONVS + AUX_CONVS:
-        conv = model.get_submodule(name)
+    convs = [layer for layer in (*model.base.children(), *model.aux_convs.children())
+             if isinstance(layer, nn.Conv2d)]
+    for conv in convs:
         conv.norm = nn.BatchNorm2d(len(conv.weight), eps=EPSILON)
         conv.register_forward_hook(normalize_output)
 
@@ -51,7 +50,7 @@ def fold_batch_norm(state):
         The state dict of an SSD300 without, whose outputs are the same. Computed in float64.
     """
     folded = dict(state)
-    for name in BASE_CONVS + AUX_CONVS:
+    for name in [key.removesuffix('.norm.weight') for key in state if key.endswith('.norm.weight')]:
         keys = [f'{name}.{key}' for key in ('weight', 'bias')]
         norm_keys = [f'{name}.norm.{key}' for key in NORM_TENSORS]
         if all(key in folded for key in keys + norm_keys):

@@ -17,7 +17,7 @@ from support.processes import get_rank
 CONTENT = {'iteration': int, 'model': dict, 'optimizer': dict, 'label_map': dict,
            'parameters': dict}
 # Parameters that decide on the content of a checkpoint, and what older ones without them had.
-OF_CONTENT = {'optimizer': None, 'batch_norm': False, 'priors': 'voc'}
+OF_CONTENT = {'network': 'ssd300', 'optimizer': None, 'batch_norm': False, 'priors': 'voc'}
 OPTIMIZER_STATE = {'sgd': {'momentum_buffer'}, 'adamw': {'step', 'exp_avg', 'exp_avg_sq'}}
 
 

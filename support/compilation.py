@@ -3,10 +3,10 @@
 import torch
 
 from support.processes import all_gather, get_rank, synchronize_gradients
-from utils import INPUT_SIZE, normalize
+from utils import normalize
 
 
-def compile_network_and_loss(choice, network, criterion, autocast, n_images):
+def compile_network_and_loss(choice, network, criterion, autocast, n_images, size):
     """Compile a network and the tensor part of its loss, which is replaced in the criterion.
 
     Args:
@@ -15,6 +15,7 @@ def compile_network_and_loss(choice, network, criterion, autocast, n_images):
             into graphs at DDP's buckets, so that gradients are exchanged during the backward pass.
         autocast: context of the forward pass.
         n_images: in a micro-batch.
+        size: `input_size` of the network.
 
     Returns:
         The network, compiled or not.
@@ -23,7 +24,7 @@ def compile_network_and_loss(choice, network, criterion, autocast, n_images):
 
     def try_out(network, compute_losses):
         """Run a forward and backward pass without data, which starts the compilation."""
-        images = torch.zeros(n_images, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8, device=device)
+        images = torch.zeros(n_images, 3, size, size, dtype=torch.uint8, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
         with synchronize_gradients(network, is_last=False), autocast:   # a rank may fail alone
             locs, scores = network(normalize(images))

@@ -1,12 +1,13 @@
-"""SSD300 weights of other programs, converted to checkpoints of this one.
+"""Weights of other programs, converted to checkpoints of this one.
 
-Three programs published an SSD300 with the same layers:
+Four programs published an SSD300 with the same layers, those of 2 and 4 also an SSD512:
 
 1. torchvision's `ssd300_vgg16`, a state dict. `detect.py` uses its COCO weights where there is no
    checkpoint, and `train.py --init coco` starts from them.
-2. ssd.pytorch (github.com/amdegroot/ssd.pytorch), a state dict. It also distributes the VGG-16 of
-   the paper's Caffe code, for `train.py --init caffe`.
+2. ssd.pytorch (github.com/amdegroot/ssd.pytorch) and its forks, a state dict. It also distributes
+   the VGG-16 of the paper's Caffe code, for `train.py --init caffe`.
 3. a-PyTorch-Tutorial-to-Object-Detection (github.com/sgrvinod), a pickle of the whole module.
+4. github.com/lufficc/SSD, a dictionary with a state dict.
 
 They name their layers differently, and were trained with other priors, image constants and classes.
 A converted checkpoint contains all of these, so the rest of this program treats it as its own.
@@ -14,7 +15,7 @@ A converted checkpoint contains all of these, so the rest of this program treats
 Sections: 1. reading a checkpoint · 2. conversion · 3. priors · 4. weights to start from ·
 5. pickled modules
 
-Letters: P = 8732 priors, C classes with background 0.
+Letters: P priors (8732, or 24564 of an SSD512), C classes with background 0.
 """
 
 import math
@@ -31,7 +32,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 from support.checkpoints import download_weights, load_checkpoint
 from support.data_lists import is_label_map
 from support.errors import UserError
-from utils import INPUT_SIZE, default_label_map
+from utils import default_label_map
 
 # --------------------------------------------------------------------------------------------------
 # 1. Reading a checkpoint
@@ -39,7 +40,7 @@ from utils import INPUT_SIZE, default_label_map
 
 
 def read_checkpoint(path):
-    """Load a checkpoint; convert it if it comes from one of the three other programs.
+    """Load a checkpoint; convert it if it comes from one of the four other programs.
 
     The names of its weights tell which program wrote it. Any other dictionary is returned as is.
 
@@ -61,6 +62,9 @@ def read_checkpoint(path):
             return from_torchvision(content)
         if 'vgg.0.weight' in content:
             return from_ssd_pytorch(content)
+        state = content.get('model')
+        if isinstance(state, dict) and 'backbone.vgg.0.weight' in state:
+            return from_lufficc(state)
     except (UserError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = error if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
         raise UserError(f'{path} holds no SSD300 with the layers of the paper ({reason}); give '
@@ -96,7 +100,7 @@ def read_tutorial_module(path, error):
 
 
 class PublishedMap(NamedTuple):
-    """One of the six feature maps, as all three programs have it."""
+    """A feature map, as all four programs have it."""
 
     name: str
     size: int                        # cells along a side
@@ -109,30 +113,42 @@ class PublishedMap(NamedTuple):
         return 2 + 2 * len(self.aspect_ratios)
 
 
-# The steps are the Caffe code's. Cells of 32 pixels do not tile 300: the tenth one's center lies
-# outside the image.
-PUBLISHED_MAPS = (
-    PublishedMap('conv4_3', 38, 8, (2,)),
-    PublishedMap('conv7', 19, 16, (2, 3)),
-    PublishedMap('conv8_2', 10, 32, (2, 3)),
-    PublishedMap('conv9_2', 5, 64, (2, 3)),
-    PublishedMap('conv10_2', 3, 100, (2,)),
-    PublishedMap('conv11_2', 1, 300, (2,)),
-)
+# By the width and height of the images. The steps are the Caffe code's. Cells of 32 pixels do not
+# tile 300: the tenth one's center lies outside the image.
+PUBLISHED_MAPS = {
+    300: (
+        PublishedMap('conv4_3', 38, 8, (2,)),
+        PublishedMap('conv7', 19, 16, (2, 3)),
+        PublishedMap('conv8_2', 10, 32, (2, 3)),
+        PublishedMap('conv9_2', 5, 64, (2, 3)),
+        PublishedMap('conv10_2', 3, 100, (2,)),
+        PublishedMap('conv11_2', 1, 300, (2,)),
+    ),
+    512: (
+        PublishedMap('conv4_3', 64, 8, (2,)),
+        PublishedMap('conv7', 32, 16, (2, 3)),
+        PublishedMap('conv8_2', 16, 32, (2, 3)),
+        PublishedMap('conv9_2', 8, 64, (2, 3)),
+        PublishedMap('conv10_2', 4, 128, (2, 3)),
+        PublishedMap('conv11_2', 2, 256, (2,)),
+        PublishedMap('conv12_2', 1, 512, (2,)),
+    ),
+}
+INPUT_SIZES = {len(maps): size for size, maps in PUBLISHED_MAPS.items()}    # by number of maps
 
 # The Caffe code subtracts a mean, (104, 117, 123) in BGR, and does not divide.
 CAFFE_IMAGE_MEAN = (123 / 255, 117 / 255, 104 / 255)
 CAFFE_IMAGE_STD = (1 / 255,) * 3
 
-# The convolutions of `model.SSD300`, from input to output. Written out because model.py imports
-# this module.
+# The convolutions of `model.SSD512`, from input to output; SSD300 has those of the first six maps.
+# Written out because model.py imports this module.
 BASE_CONVS = tuple(f'base.conv{number}' for number in (
     '1_1', '1_2', '2_1', '2_2', '3_1', '3_2', '3_3', '4_1', '4_2', '4_3', '5_1', '5_2', '5_3',
     '6', '7'))
 AUX_CONVS = tuple(f'aux_convs.conv{number}' for number in (
-    '8_1', '8_2', '9_1', '9_2', '10_1', '10_2', '11_1', '11_2'))
-LOC_CONVS = tuple(f'pred_convs.loc_convs.{i}' for i in range(len(PUBLISHED_MAPS)))
-CLASS_CONVS = tuple(f'pred_convs.class_convs.{i}' for i in range(len(PUBLISHED_MAPS)))
+    '8_1', '8_2', '9_1', '9_2', '10_1', '10_2', '11_1', '11_2', '12_1', '12_2'))
+LOC_CONVS = tuple(f'pred_convs.loc_convs.{i}' for i in range(7))
+CLASS_CONVS = tuple(f'pred_convs.class_convs.{i}' for i in range(7))
 
 
 def from_torchvision(state):
@@ -145,7 +161,7 @@ def from_torchvision(state):
         state, numbered_convs(state, 'backbone.features.', 'backbone.extra.'),
         numbered_convs(state, head.format('regression')),
         numbered_convs(state, head.format('classification')))
-    priors_cxcy = create_caffe_priors(COCO_SCALES)
+    priors_cxcy = create_caffe_priors(300, COCO_SCALES[300])
     priors_cxcy[:, 2:].clamp_(0, 1)                 # sizes only
     converted |= {'rescale_factors': state['backbone.scale_weight'].view(1, -1, 1, 1),
                   'priors_cxcy': priors_cxcy,
@@ -160,20 +176,40 @@ def from_torchvision(state):
 
 
 def from_ssd_pytorch(state):
-    """Convert the state dict of ssd.pytorch.
+    """Convert the state dict of ssd.pytorch."""
+    return from_caffe_like(state, ['vgg.', 'extras.'], 'loc.', 'conf.', 'L2Norm.weight')
 
-    Its images are RGB minus the Caffe code's mean. Its L2 normalization adds the epsilon to the
-    length instead of clamping it, which makes no difference except for vectors of zeros.
+
+def from_lufficc(state):
+    """Convert the state dict of lufficc/SSD, which trains as ssd.pytorch does."""
+    head = 'box_head.predictor.{}_headers.'
+    return from_caffe_like(state, ['backbone.vgg.', 'backbone.extras.'], head.format('reg'),
+                           head.format('cls'), 'backbone.l2_norm.weight')
+
+
+def from_caffe_like(state, layers, loc_convs, class_convs, rescale_factors):
+    """Convert the state dict of a program that follows the Caffe code, given its names of layers.
+
+    Images are RGB minus the Caffe code's mean. The L2 normalization adds the epsilon to the length
+    instead of clamping it, which makes no difference except for vectors of zeros. With 81 classes
+    the priors and names are COCO's.
     """
-    converted = rename_layers(state, numbered_convs(state, 'vgg.', 'extras.'),
-                              numbered_convs(state, 'loc.'), numbered_convs(state, 'conf.'))
-    converted |= {'rescale_factors': state['L2Norm.weight'].view(1, -1, 1, 1),
-                  'priors_cxcy': create_caffe_priors(CAFFE_SCALES).clamp_(0, 1),
+    converted = rename_layers(state, numbered_convs(state, *layers),
+                              numbered_convs(state, loc_convs), numbered_convs(state, class_convs))
+    n_classes = count_classes(converted)
+    coco_names = [name for name in coco_label_map() if not name.startswith('N/A')]
+    is_coco = n_classes == len(coco_names)
+    size = INPUT_SIZES[len(numbered_convs(state, loc_convs))]
+    scales = (COCO_SCALES if is_coco else CAFFE_SCALES)[size]
+    converted |= {'rescale_factors': state[rescale_factors].view(1, -1, 1, 1),
+                  'priors_cxcy': create_caffe_priors(size, scales).clamp_(0, 1),
                   'image_mean': torch.tensor(CAFFE_IMAGE_MEAN),
                   'image_std': torch.tensor(CAFFE_IMAGE_STD),
                   'antialias': torch.tensor(False),     # cv2.resize() has none
                   'l2_epsilon': torch.tensor(1e-10)}
-    return {'model': converted, 'label_map': default_label_map(count_classes(converted))}
+    label_map = ({name: label for label, name in enumerate(coco_names)} if is_coco
+                 else default_label_map(n_classes))
+    return {'model': converted, 'label_map': label_map}
 
 
 def from_tutorial(module):
@@ -185,7 +221,7 @@ def from_tutorial(module):
     state = dict(named_tensors(module))
     layers = [name for name in BASE_CONVS + AUX_CONVS if f'{name}.weight' in state]
     loc_convs, class_convs = ([f'pred_convs.{kind}_{feature_map.name}'
-                               for feature_map in PUBLISHED_MAPS] for kind in ('loc', 'cl'))
+                               for feature_map in PUBLISHED_MAPS[300]] for kind in ('loc', 'cl'))
     converted = rename_layers(state, layers, loc_convs, class_convs)
     converted |= {'rescale_factors': state['rescale_factors'],
                   'priors_cxcy': state.get('priors_cxcy', module.attributes.get('priors_cxcy'))}
@@ -193,22 +229,24 @@ def from_tutorial(module):
 
 
 def rename_layers(state, layers, loc_convs, class_convs):
-    """Copy weights and biases to the names of `SSD300`'s convolutions.
+    """Copy weights and biases to the names of `SSD300`'s or `SSD512`'s convolutions.
 
     Args:
         state: the other program's state dict.
-        layers: names of its 15 + 8 base and auxiliary convolutions, from input to output.
-        loc_convs, class_convs: names of its six prediction convolutions of each kind.
+        layers: names of its base and auxiliary convolutions, from input to output.
+        loc_convs, class_convs: names of its prediction convolutions of each kind, one per map.
 
     Raises:
-        UserError: the number of convolutions differs, as in an SSD512.
+        UserError: the number of convolutions is that of neither network.
     """
+    n_maps = len(loc_convs) if len(loc_convs) in INPUT_SIZES else 6
     renamed = {}
-    for old_names, new_names in ((layers, BASE_CONVS + AUX_CONVS), (loc_convs, LOC_CONVS),
-                                 (class_convs, CLASS_CONVS)):
+    for old_names, new_names in (
+            (layers, BASE_CONVS + AUX_CONVS[:2 * n_maps - 4]),  # two per map after conv7's
+            (loc_convs, LOC_CONVS[:n_maps]), (class_convs, CLASS_CONVS[:n_maps])):
         if len(old_names) != len(new_names):
-            raise UserError(f'it has {len(old_names)} convolutions where an SSD300 has '
-                            f'{len(new_names)}')
+            raise UserError(f'it has {len(old_names)} convolutions where an '
+                            f'SSD{INPUT_SIZES[n_maps]} has {len(new_names)}')
         renamed |= {f'{new}.{kind}': state[f'{old}.{kind}']
                     for old, new in zip(old_names, new_names) for kind in ('weight', 'bias')}
     return renamed
@@ -245,7 +283,7 @@ def count_classes(state):
     if (not isinstance(weight, torch.Tensor) or weight.dim() != 4 or weight.is_meta
             or math.prod(weight.shape) * weight.itemsize > weight.untyped_storage().nbytes()):
         raise UserError(f'it has no complete {name}')
-    return len(weight) // PUBLISHED_MAPS[0].n_priors_per_cell
+    return len(weight) // PUBLISHED_MAPS[300][0].n_priors_per_cell     # 4 in either network
 
 
 def check_classes(state, label_map):
@@ -277,33 +315,36 @@ def coco_label_map():
 # 3. Priors
 # --------------------------------------------------------------------------------------------------
 
-# Sides of the square priors of each map, and of the one after the last, as fractions of the image:
-# for COCO in the Caffe code (ssd_coco.py) and in torchvision, for VOC in the Caffe code, which
-# ssd.pytorch follows.
-COCO_SCALES = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
-CAFFE_SCALES = tuple(side / INPUT_SIZE for side in (30, 60, 111, 162, 213, 264, 315))
+# Sides of the square priors of each map, and of the one after the last, as fractions of the image,
+# by its width and height: for COCO in the Caffe code (ssd_coco.py, ssd_coco_512.py) and in
+# torchvision, for VOC in the Caffe code, which ssd.pytorch follows.
+COCO_SCALES = {300: (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
+               512: (0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06)}
+CAFFE_SCALES = {300: tuple(side / 300 for side in (30, 60, 111, 162, 213, 264, 315)),
+                512: (0.07, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)}
 
 
-def create_caffe_priors(scales):
+def create_caffe_priors(input_size, scales):
     """Create the priors in the order of the Caffe code, not clamped.
 
     Aspect ratios within a cell: 1, 1 (the larger square), 2, 1/2 and, where there are six priors,
     3, 1/3.
 
     Args:
-        scales: sides of the squares of the six maps and of the one after, fractions of the image.
+        input_size: width and height of the image in pixels, 300 or 512.
+        scales: sides of the squares of the maps and of the one after, fractions of the image.
 
     Returns:
         (P, 4), center and size as fractions of the image.
     """
     priors = []
-    for feature_map, scale, next_scale in zip(PUBLISHED_MAPS, scales, scales[1:]):
+    for feature_map, scale, next_scale in zip(PUBLISHED_MAPS[input_size], scales, scales[1:]):
         extra = math.sqrt(scale * next_scale)
         sizes = [(scale, scale), (extra, extra)]
         for ratio in feature_map.aspect_ratios:
             width, height = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
             sizes += [(width, height), (height, width)]
-        priors.append(spread_priors(sizes, feature_map.size, INPUT_SIZE / feature_map.step))
+        priors.append(spread_priors(sizes, feature_map.size, input_size / feature_map.step))
     return torch.cat(priors)
 
 
@@ -358,14 +399,20 @@ def start_from(model, source):
 
     Returns:
         The names of the classes that both have, without the background.
+
+    Raises:
+        UserError: one is an SSD300, the other an SSD512.
     """
+    if model.input_size != source.input_size:
+        raise UserError(f'the weights are those of an SSD{source.input_size}; give --network '
+                        f'ssd{source.input_size}')
     source_indices = {unify(name): index for name, index in source.label_map.items()}
     shared = {name: (index, source_indices[unify(name)])
               for name, index in model.label_map.items() if unify(name) in source_indices}
     here, there = map(list, zip(*shared.values()))      # indices of the same classes
 
     state, source_state = model.state_dict(), source.state_dict()
-    for name in CLASS_CONVS:
+    for name in CLASS_CONVS[:len(model.pred_convs.class_convs)]:
         for key in (f'{name}.weight', f'{name}.bias'):
             # Output channels are ordered by prior, then class.
             scores = state[key].cpu().clone().unflatten(0, (-1, len(model.label_map)))

@@ -20,7 +20,7 @@ from utils import calculate_mAP
 class FixedDetections(nn.Module):
     """Detects the same three boxes in every image."""
 
-    antialias = False
+    antialias, input_size = False, 300
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ def test_result_files_give_the_same_table(lists, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: FixedDetections())
     transform = datasets.transform
     monkeypatch.setattr(datasets, 'transform',
-                        lambda *args: antialias.append(args[-1]) or transform(*args))
+                        lambda *args: antialias.append(args[-2]) or transform(*args))
     antialias = []
     common = {'data_folder': str(lists), 'device': 'cpu', 'workers': 0}
     results, pictures = tmp_path / 'results', tmp_path / 'pictures'

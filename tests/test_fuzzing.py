@@ -163,7 +163,7 @@ def test_pillow_logs_nothing(quiet_pillow, tmp_path):
 class StandIn:
     """A model that detects a cat in every image."""
 
-    label_map, priors_cxcy, antialias = LABEL_MAP, torch.zeros(1, 4), True
+    label_map, priors_cxcy, antialias, input_size = LABEL_MAP, torch.zeros(1, 4), True, 300
 
     def normalize(self, images):
         return images

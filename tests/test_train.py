@@ -111,7 +111,7 @@ def make_batch():
 class SmallNetwork(torch.nn.Module):
     """A linear layer in the place of SSD300, with its coarsest 190 priors and three classes."""
 
-    antialias = True
+    antialias, input_size = True, 300
 
     def __init__(self, n_classes=3):
         super().__init__()
@@ -224,7 +224,7 @@ def parameters(make_voc, tmp_path):
 @pytest.fixture
 def small_network(monkeypatch):
     """Let train.py train a small network, where a test does not depend on the real one."""
-    monkeypatch.setattr(train, 'SSD300', SmallNetwork)
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', SmallNetwork)
 
 
 def run(parameters, **changes):
@@ -271,7 +271,7 @@ def test_evaluations_while_training_are_in_its_precision(parameters, monkeypatch
 
 
 def test_priors_for_coco_travel_with_the_checkpoint(parameters, monkeypatch, capsys):
-    monkeypatch.setattr(train, 'SSD300', ThinSSD300)
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', ThinSSD300)
     run(parameters, iterations=1, priors='coco')
     checkpoint = load_checkpoint(parameters.checkpoint)
     assert checkpoint['model']['priors_cxcy'][0, 2:].tolist() == pytest.approx([0.07, 0.07])

@@ -1,4 +1,4 @@
-"""Run a script with a thin SSD300: all its layers, with a sixteenth of their channels.
+"""Run a script with a thin SSD300 or SSD512: all layers, with a sixteenth of their channels.
 
     PYTHONPATH=. python tests/thin.py train.py --data-folder data
 
@@ -19,8 +19,8 @@ import model
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-class ThinSSD300(model.SSD300):
-    """An SSD300 of which every 16th channel is left, those of images and predictions excepted."""
+class Thin:
+    """A network of which every 16th channel is left, those of images and predictions excepted."""
 
     def __init__(self, n_classes):
         super().__init__(n_classes)
@@ -35,8 +35,16 @@ class ThinSSD300(model.SSD300):
         self.rescale_factors = nn.Parameter(self.rescale_factors.detach()[:, ::16].clone())
 
 
+class ThinSSD300(Thin, model.SSD300):
+    """A thin SSD300."""
+
+
+class ThinSSD512(Thin, model.SSD512):
+    """A thin SSD512."""
+
+
 if __name__ == '__main__':
-    model.SSD300 = ThinSSD300   # which the scripts import
+    model.SSD300, model.SSD512 = ThinSSD300, ThinSSD512     # which the scripts import
     torch.compile = functools.partial(torch.compile, backend='aot_eager')
     sys.argv = sys.argv[1:]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name='__main__')

@@ -42,7 +42,7 @@ from torchvision.transforms import v2
 from create_data_lists import write_data_lists
 from datasets import PascalVOCDataset, SeededItems, ShuffledBatches, make_train_loader
 from detect import Detector, annotate_images, annotate_video, choose_batch_size, predict
-from model import EVALUATION, SSD300, VISUALIZATION
+from model import EVALUATION, SSD300, SSD512, VISUALIZATION
 from support.device import (
     choose_device,
     choose_precision,
@@ -94,9 +94,9 @@ class Parameters:
 
     # --- measurements ---
 
-    # Names of the rows; none: all. The last five take minutes on a CPU.
+    # Names of the rows; none: all. The last six take minutes on a CPU.
     only: tuple[Literal['data', 'handover', 'loss', 'detect', 'untrained', 'mAP', 'step',
-                        'inference', 'memory', 'training', 'files'], ...] = ()
+                        'inference', 'memory', 'ssd512', 'training', 'files'], ...] = ()
     # Measurements of a training step per side, after one to warm up; faster rows get up to ten
     # times as many. Raise it if the ratios vary from run to run.
     repeats: int = 3
@@ -222,10 +222,10 @@ def select_dtypes(device):
     return dtypes
 
 
-def make_images(n_images, device):
-    """Make images of noise, (N, 3, 300, 300) uint8, in the memory format of the data loaders."""
+def make_images(n_images, device, size=INPUT_SIZE):
+    """Make images of noise, (N, 3, size, size) uint8, in the memory format of the data loaders."""
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (n_images, INPUT_SIZE, INPUT_SIZE, 3), dtype=torch.uint8)
+    images = torch.randint(0, 256, (n_images, size, size, 3), dtype=torch.uint8)
     return images.permute(0, 3, 1, 2).to(device)
 
 
@@ -236,12 +236,13 @@ def prepare_step(make_side, boxes_path, batch_size, device, dtype, compile_choic
     """
     side, first = make_side(device), 1
     side.model.train()
-    if make_side is not OurSide or dtype == torch.float32:
+    is_ours = isinstance(side, OurSide)
+    if not is_ours or dtype == torch.float32:
         compile_choice = 'off'
     train_on = side.prepare_training(dtype, batch_size, compile_choice)
-    if make_side is OurSide and side.network is not side.model:
+    if is_ours and side.network is not side.model:
         first = batch_size  # compiled for this size
-    images = make_images(batch_size, device)
+    images = make_images(batch_size, device, side.input_size)
     boxes, labels = sample_objects(boxes_path, batch_size, device)
     train_on([side.make_batch(images[:first], boxes[:first], labels[:first])])
     return functools.partial(train_on, [side.make_batch(images, boxes, labels)])
@@ -572,6 +573,38 @@ def measure_memory(boxes_path, device, batch_size=32):
             for name, dtype in select_dtypes(device).items()]
 
 
+def make_ssd512(device):
+    """Make the side of this project's SSD512."""
+    return OurSide(device, SSD512)
+
+
+@torch.no_grad()
+def measure_ssd512(boxes_path, device, repeats, compile_choice, batch_size):
+    """Measure step, inference and memory of SSD512 next to SSD300; torchvision has no SSD512."""
+    dtype = choose_precision('auto', device)
+    name = str(dtype).removeprefix('torch.')
+    makers = (make_ssd512, OurSide)
+    with torch.enable_grad():
+        steps = measure_in_turn([prepare_step(make, boxes_path, batch_size, device, dtype,
+                                              compile_choice) for make in makers], repeats, device)
+        memory = [extra_memory(device, prepare_step, make, boxes_path, batch_size, device, dtype)
+                  for make in makers]
+    forward, objects = [], sample_objects(boxes_path, 1, device)
+    for side in (make(device) for make in makers):
+        side.model.eval()
+        forward.append(functools.partial(
+            infer, side, dtype, normalize(make_images(1, device, side.input_size)),
+            simulate_trained_outputs(side.model.priors_cxcy, *objects)))
+    inference = measure_in_turn(forward, 3 * repeats, device)
+    note = '{:.2f} x SSD300'
+    return [row_of_times(f'SSD512: step, batch {batch_size}, {name}', 'images/s', batch_size,
+                         steps[0], note=note.format(ratio_of(*steps)) + ' in time'),
+            Row(f'SSD512: step, batch {batch_size}, {name}: memory', 'MB', memory[0],
+                note=note.format(memory[0] / memory[1])),
+            row_of_times(f'SSD512: inference, {name}, detection', 'ms', 1, inference[0],
+                         note=note.format(ratio_of(*inference)))]
+
+
 def write_video(path, images, n_frames):
     """Write a video of images in turn, 1280 x 720 pixels, 30 frames per second."""
     frames = [Image.open(image).convert('RGB').resize((1280, 720)) for image in images]
@@ -693,12 +726,13 @@ def main(parameters):
         *(('inference', measure_inference, p.boxes, n, device, p.repeats, peak_rate)
           for n in (1, 32 if gpu else 8)),
         ('memory', measure_memory, p.boxes, device),
+        ('ssd512', measure_ssd512, p.boxes, device, p.repeats, p.compile, 32 if gpu else 2),
         ('training', measure_training, p.images, device, 32 if gpu else 8,
          p.iterations or (1000 if gpu else 5), p.compile, peak_rate),
         ('files', measure_files, p.images, device, p.repeats),
     ]
     n_threads = torch.get_num_threads()
-    whole_machine = ('step', 'inference', 'memory', 'training', 'files')
+    whole_machine = ('step', 'inference', 'memory', 'ssd512', 'training', 'files')
     print_line('what', 'unit', 'ours', 'torchvision', 'ratio', '')
     rows = []
     for name, measure, *arguments in jobs:

@@ -110,7 +110,7 @@ def simulate_trained_outputs(priors_cxcy, boxes, labels, n_candidates=170):
         locs (N, P, 4) and scores (N, P, C).
     """
     torch.manual_seed(0)
-    shape, device = (len(boxes), N_PRIORS), priors_cxcy.device
+    shape, device = (len(boxes), len(priors_cxcy)), priors_cxcy.device
     locs, scores = (torch.randn(*shape, n, device=device) for n in (4, N_CLASSES))
     scores[:, :, 0] += 12
     best = [find_jaccard_overlap(b, cxcy_to_xy(priors_cxcy)).max(dim=0) for b in boxes]
@@ -161,14 +161,18 @@ class DiscardingLog:
 class OurSide:
     """This project: the network, its loss and its detection.
 
+    Args:
+        device: that it runs on.
+        network_class: SSD300 or SSD512.
+
     Attributes:
         network: the model, or compiled.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, network_class=SSD300):
         torch.manual_seed(0)
-        self.model = SSD300(N_CLASSES).to(device, memory_format=torch.channels_last)
-        self.network = self.model
+        self.model = network_class(N_CLASSES).to(device, memory_format=torch.channels_last)
+        self.network, self.input_size = self.model, network_class.input_size
         self.criterion = MultiBoxLoss(self.model.priors_cxcy).to(device)
 
     def forward(self, images):
@@ -206,7 +210,8 @@ class OurSide:
         device = self.model.priors_cxcy.device
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.network = compile_network_and_loss(compile_choice, self.model, self.criterion,
-                                                autocast, batch_size)
+                                                autocast, batch_size,
+                                                self.input_size)
         optimizer = make_optimizer(self.model, 'sgd', WEIGHT_DECAY)
         scaler = make_scaler(dtype, device)
         run = Run(self.model, optimizer, scaler, settings={}, checkpoint=None, test_loader=None,
@@ -227,6 +232,8 @@ class TorchvisionSide:
 
     The parts of `SSD.forward()` without the resizing of images, which `OurSide` does not do either.
     """
+
+    input_size = INPUT_SIZE
 
     def __init__(self, device):
         torch.manual_seed(0)

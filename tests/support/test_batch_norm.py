@@ -175,7 +175,7 @@ def test_compilation_does_not_change_them(network, monkeypatch, works):
     monkeypatch.setattr(torch, 'compile', lambda function, **_: function if works else fail)
     before = running_statistics(network.train())
     compile_network_and_loss('on', network, MultiBoxLoss(network.priors_cxcy),
-                                   torch.autocast('cpu', enabled=False), 2)
+                                   torch.autocast('cpu', enabled=False), 2, 300)
     assert_equal(running_statistics(network), before)
     network(torch.zeros(2, 3, 300, 300))
     after = running_statistics(network)
@@ -186,7 +186,7 @@ def test_compilation_does_not_change_them(network, monkeypatch, works):
 
 def test_ranks_evaluate_with_the_statistics_of_rank_0(parameters, monkeypatch):
     events = []
-    monkeypatch.setattr(train, 'SSD300', ThinSSD300)
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', ThinSSD300)
     monkeypatch.setattr(train, 'broadcast_buffers', lambda model: events.append('broadcast'))
     monkeypatch.setattr(train, 'evaluate', lambda *args, **_: events.append('evaluate') or ({}, .5))
     train.main(dataclasses.replace(parameters, eval_every=2))
@@ -200,7 +200,7 @@ def test_ranks_evaluate_with_the_statistics_of_rank_0(parameters, monkeypatch):
 
 def test_resumed_run_equals_the_uninterrupted_one_in_every_bit(parameters, tmp_path, monkeypatch,
                                                                capsys):
-    monkeypatch.setattr(train, 'SSD300', ThinSSD300)
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', ThinSSD300)
     paths = [str(tmp_path / name / 'a.pth.tar') for name in ('whole', 'resumed')]
     train.main(dataclasses.replace(parameters, iterations=3, checkpoint=paths[0]))
     resumed = dataclasses.replace(parameters, checkpoint=paths[1], resume='auto')

@@ -325,7 +325,8 @@ def random_case(make_coco, tmp_path, monkeypatch):
         found.scores.append(torch.tensor(scores))
     monkeypatch.setattr(evaluation, 'find_detections', lambda *_: (found, None))
     model = torch.nn.Linear(1, 1)
-    model.label_map, model.antialias = read_list(tmp_path / 'lists', 'label_map'), True
+    model.label_map = read_list(tmp_path / 'lists', 'label_map')
+    model.antialias, model.input_size = True, 300
     monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: model)
     return export[0], tmp_path / 'lists'
 

@@ -31,7 +31,7 @@ import detect
 import train
 import utils
 from create_data_lists import write_data_lists
-from model import CONSTANTS, FEATURE_MAPS, SSD300, VGGBase
+from model import CONSTANTS, SSD300, SSD512, VGGBase
 from support import published
 from support.checkpoints import (
     find_newest_checkpoint,
@@ -108,20 +108,25 @@ def downloads(torchvision_model, monkeypatch):
 # --- layer names and feature maps ---
 
 
-def test_layer_names_are_those_of_ssd300():
+def test_layer_names_are_those_of_the_networks():
     with torch.device('meta'):
         convs = [name for name, layer in SSD300(2).named_modules() if isinstance(layer, nn.Conv2d)]
-    head = published.LOC_CONVS + published.CLASS_CONVS
-    assert convs == [*published.BASE_CONVS, *published.AUX_CONVS, *head]
-    assert len(published.BASE_CONVS) == 15 and len(published.AUX_CONVS) == 8 and len(head) == 12
+        convs_512 = [name for name, layer in SSD512(2).named_modules()
+                     if isinstance(layer, nn.Conv2d)]
+    assert convs_512 == [*published.BASE_CONVS, *published.AUX_CONVS, *published.LOC_CONVS,
+                         *published.CLASS_CONVS]
+    assert convs == [*published.BASE_CONVS, *published.AUX_CONVS[:8], *published.LOC_CONVS[:6],
+                     *published.CLASS_CONVS[:6]]
 
 
-def test_feature_maps_are_those_of_ssd300():
-    pairs = list(zip(published.PUBLISHED_MAPS, FEATURE_MAPS, strict=True))
-    for theirs, ours in pairs:
+@pytest.mark.parametrize('network, n_priors', [(SSD300, [4, 6, 6, 6, 4, 4]),
+                                               (SSD512, [4, 6, 6, 6, 6, 4, 4])])
+def test_feature_maps_are_those_of_the_network(network, n_priors):
+    maps = published.PUBLISHED_MAPS[network.input_size]
+    for theirs, ours in zip(maps, network.feature_maps, strict=True):
         assert (theirs.name, theirs.size) == (ours.name, ours.size)
         assert theirs.n_priors_per_cell == ours.n_priors_per_cell
-    assert [theirs.n_priors_per_cell for theirs, _ in pairs] == [4, 6, 6, 6, 4, 4]
+    assert [theirs.n_priors_per_cell for theirs in maps] == n_priors
 
 
 def test_priors_are_spread_row_by_row():
@@ -197,6 +202,8 @@ VGG = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12:
 EXTRAS = ((1024, 256, 1), (256, 512, 3), (512, 128, 1), (128, 256, 3), (256, 128, 1), (128, 256, 3),
           (256, 128, 1), (128, 256, 3))
 HEADS = tuple(zip((512, 1024, 512, 256, 256, 256), (4, 6, 6, 6, 4, 4)))
+EXTRAS_512 = (*EXTRAS, (256, 128, 1), (128, 256, 4))
+HEADS_512 = tuple(zip((512, 1024, 512, 256, 256, 256, 256), (4, 6, 6, 6, 6, 4, 4)))
 
 
 def random_convolution(in_channels, out_channels, kernel=3):
@@ -205,10 +212,11 @@ def random_convolution(in_channels, out_channels, kernel=3):
     return weight * math.sqrt(2 / (in_channels * kernel ** 2)), 0.1 * torch.randn(out_channels)
 
 
-def ssd_pytorch_state(n_classes=21):
+def ssd_pytorch_state(n_classes=21, size=300):
+    extras, heads = (EXTRAS, HEADS) if size == 300 else (EXTRAS_512, HEADS_512)
     layers = {f'vgg.{number}': shape for number, shape in VGG.items()}
-    layers |= {f'extras.{number}': shape for number, shape in enumerate(EXTRAS)}
-    for number, (channels, n_priors) in enumerate(HEADS):
+    layers |= {f'extras.{number}': shape for number, shape in enumerate(extras)}
+    for number, (channels, n_priors) in enumerate(heads):
         layers[f'loc.{number}'] = channels, 4 * n_priors
         layers[f'conf.{number}'] = channels, n_classes * n_priors
     state = {'L2Norm.weight': 20 * torch.rand(512)}
@@ -234,25 +242,38 @@ def ssd_pytorch_forward(state, x):
             norm = x.pow(2).sum(dim=1, keepdim=True).sqrt() + 1e-10
             sources.append(state['L2Norm.weight'].view(1, -1, 1, 1) * (x / norm))
     sources.append(x)
-    for number in range(8):
-        options = {1: {'stride': 2, 'padding': 1}, 3: {'stride': 2, 'padding': 1}}.get(number, {})
+    halves, n_extras = {'stride': 2, 'padding': 1}, 8 if 'extras.9.weight' not in state else 10
+    strided = {1: halves, 3: halves}
+    if n_extras == 10:  # an SSD512
+        strided |= {5: halves, 7: halves, 9: {'padding': 1}}
+    for number in range(n_extras):
+        options = strided.get(number, {})
         x = F.relu(layer(f'extras.{number}', x, **options))
         if number % 2 == 1:
             sources.append(x)
     outputs = [torch.cat([layer(f'{kind}.{i}', x, padding=1).permute(0, 2, 3, 1).flatten(1)
                           for i, x in enumerate(sources)], dim=1) for kind in ('loc', 'conf')]
-    return outputs[0].view(1, -1, 4), outputs[1].view(1, 8732, -1)
+    return outputs[0].view(1, -1, 4), outputs[1].view(1, outputs[0].shape[1] // 4, -1)
 
 
-def ssd_pytorch_priors():
-    """forward() of its layers/functions/prior_box.py with the constants of data/config.py."""
+# data/config.py of ssd.pytorch; configs/vgg_ssd512_voc0712.yaml and ..._coco_trainval35k.yaml
+# of lufficc/SSD.
+SSD_PYTORCH_VOC = (300, (38, 19, 10, 5, 3, 1), (8, 16, 32, 64, 100, 300),
+                   (30, 60, 111, 162, 213, 264, 315), ([2], [2, 3], [2, 3], [2, 3], [2], [2]))
+MAPS_512 = ((64, 32, 16, 8, 4, 2, 1), (8, 16, 32, 64, 128, 256, 512))
+RATIOS_512 = ([2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2])
+VOC_512 = (512, *MAPS_512, (35.84, 76.8, 153.6, 230.4, 307.2, 384.0, 460.8, 537.65), RATIOS_512)
+COCO_512 = (512, *MAPS_512, (20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8, 542.72),
+            RATIOS_512)
+
+
+def ssd_pytorch_priors(image_size, sizes, steps, squares, all_ratios):
+    """forward() of its layers/functions/prior_box.py."""
     mean = []
-    for size, step, least, most, ratios in zip(
-            (38, 19, 10, 5, 3, 1), (8, 16, 32, 64, 100, 300), (30, 60, 111, 162, 213, 264),
-            (60, 111, 162, 213, 264, 315), ([2], [2, 3], [2, 3], [2, 3], [2], [2])):
+    for size, step, least, most, ratios in zip(sizes, steps, squares, squares[1:], all_ratios):
         for i, j in itertools.product(range(size), repeat=2):
-            cx, cy = (j + 0.5) / (300 / step), (i + 0.5) / (300 / step)
-            s, larger = least / 300, math.sqrt(least / 300 * (most / 300))
+            cx, cy = (j + 0.5) / (image_size / step), (i + 0.5) / (image_size / step)
+            s, larger = least / image_size, math.sqrt(least * most) / image_size
             mean += [cx, cy, s, s, cx, cy, larger, larger]
             for ratio in ratios:
                 root = math.sqrt(ratio)
@@ -273,8 +294,46 @@ def test_ssd_pytorch_weights_give_its_output(photos, tmp_path):
         got_locs, got_scores = model(model.normalize(photo.unsqueeze(0)))
         assert torch.allclose(got_locs, locs, rtol=1e-4, atol=1e-5 * locs.abs().max())
         assert torch.allclose(got_scores, scores, rtol=1e-4, atol=1e-5 * scores.abs().max())
-    assert torch.allclose(model.priors_cxcy, ssd_pytorch_priors(), atol=1e-6)
+    assert torch.allclose(model.priors_cxcy, ssd_pytorch_priors(*SSD_PYTORCH_VOC), atol=1e-6)
     assert model.label_map == utils.label_map
+
+
+# --- lufficc/SSD, and SSD512 ---
+
+
+def as_lufficc(state):
+    """The names of ssd.pytorch's layers in lufficc/SSD."""
+    names = {'vgg.': 'backbone.vgg.', 'extras.': 'backbone.extras.', 'L2Norm.': 'backbone.l2_norm.',
+             'loc.': 'box_head.predictor.reg_headers.', 'conf.': 'box_head.predictor.cls_headers.'}
+    return {names[prefix] + key.removeprefix(prefix): tensor for key, tensor in state.items()
+            for prefix in names if key.startswith(prefix)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('n_classes, config', [(21, VOC_512), (81, COCO_512)])
+def test_ssd512_of_lufficc_gives_the_output_of_its_source(tmp_path, n_classes, config):
+    state = ssd_pytorch_state(n_classes, size=512)
+    torch.save({'model': as_lufficc(state), 'iteration': 120000}, tmp_path / 'vgg_ssd512.pth')
+    model = SSD300.from_checkpoint(tmp_path / 'vgg_ssd512.pth')
+    assert type(model) is SSD512 and len(model.priors_cxcy) == 24564
+    assert torch.allclose(model.priors_cxcy, ssd_pytorch_priors(*config), atol=1e-4)
+    assert list(model.label_map)[-1] == {21: 'tvmonitor', 81: 'toothbrush'}[n_classes]
+    assert list(model.label_map.values()) == list(range(n_classes))
+    if n_classes == 21:
+        image = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
+        x = image - torch.tensor([123., 117., 104.]).view(3, 1, 1)
+        for predicted, expected in zip(model(model.normalize(image)),
+                                       ssd_pytorch_forward(state, x)):
+            torch.testing.assert_close(predicted, expected, rtol=1e-4,
+                                       atol=1e-5 * expected.abs().max())
+
+
+def test_ssd512_of_a_fork_of_ssd_pytorch_is_read(tmp_path):
+    torch.save(ssd_pytorch_state(2, size=512), tmp_path / 'fork.pth')
+    model = SSD300.from_checkpoint(tmp_path / 'fork.pth')
+    assert model.input_size == 512 and model.n_classes == 2 and not model.antialias
+    with pytest.raises(UserError, match='SSD512; give --network ssd512'):
+        start_from(SSD300(2), model)
 
 
 # --- a-PyTorch-Tutorial-to-Object-Detection ---
@@ -699,7 +758,7 @@ def test_run_from_coco_keeps_its_priors_and_constants(downloads, converted, make
     losses, normalized, antialias = [], [], []
     loss_class, normalize, transform = train.MultiBoxLoss, SSD300.normalize, datasets.transform
     monkeypatch.setattr(datasets, 'transform',
-                        lambda *args: antialias.append(args[-1]) or transform(*args))
+                        lambda *args: antialias.append(args[-2:]) or transform(*args))
     monkeypatch.setattr(SSD300, 'normalize', lambda model, images: normalized.append(
         normalize(model, images)) or normalized[-1])
     monkeypatch.setattr(train, 'MultiBoxLoss',
@@ -712,7 +771,7 @@ def test_run_from_coco_keeps_its_priors_and_constants(downloads, converted, make
             decay_lr_at=(), workers=0, device='cpu', checkpoint=path, resume='auto', eval_every=0,
             precision='float32'))
     assert len(downloads) == 1 and len(normalized) == len(losses) == 2
-    assert antialias == [False, False]
+    assert antialias == [(False, 300)] * 2
     assert re.search('1 of 2 classes.*: dog', capsys.readouterr().out)
     model = SSD300.from_checkpoint(path)
     for loss in losses:
