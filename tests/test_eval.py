@@ -134,6 +134,35 @@ def test_result_files_give_the_same_table(lists, tmp_path, capsys, monkeypatch):
             assert image.width > 500
 
 
+@pytest.mark.parametrize('precision, line', [
+    ('bf16', r'in torch.bfloat16: mAP (.*), float32 (.*), difference -(.*)'),
+    ('auto', '--precision auto is float32 on this device'), ('float32', None)])
+def test_cost_of_another_precision_is_printed(lists, capsys, monkeypatch, precision, line):
+    def detect_in_batch(model, images, **thresholds):
+        boxes, labels, scores = original(model, images, **thresholds)
+        if torch.is_autocast_enabled('cpu'):
+            labels = [3 - label for label in labels]    # cats for dogs
+        return boxes, labels, scores
+
+    original = FixedDetections.detect_in_batch
+    monkeypatch.setattr(FixedDetections, 'detect_in_batch', detect_in_batch)
+    monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: FixedDetections().eval())
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', dict, raising=False)
+    capsys.readouterr()
+    evaluation.main(evaluation.Parameters(data_folder=str(lists), device='cpu', workers=0,
+                                          precision=precision))
+    *table, last = capsys.readouterr().out.splitlines()
+    if line is None:
+        assert last.startswith('mAP ')
+        return
+    numbers = re.fullmatch(line, last).groups()
+    assert table[-1].split()[0] == 'mAP'
+    if numbers:
+        other, mAP, difference = map(float, numbers)
+        assert table[-1].split()[1] == f'{mAP:.4f}'
+        assert mAP - other == pytest.approx(difference, abs=2e-4) and difference > 0.1
+
+
 def test_checkpoint_of_other_classes_is_a_user_error(lists, tmp_path, capsys):
     model = evaluation.SSD300(2)
     path = tmp_path / 'other.pth.tar'
@@ -162,6 +191,7 @@ def test_names_that_no_result_file_can_hold_are_found_before_the_evaluation(
 
 @pytest.mark.parametrize('changes, message', [
     ({'results': 'x'}, 'leave --results out'),
+    ({'precision': 'bf16'}, 'leave --precision out'),
     ({'batch_size': 0}, 'batch'),
     ({}, 'no images in its TEST list'),
 ])

@@ -101,9 +101,9 @@ def select_detections(
     """
     # At most 400 candidates per class and image. Others get a score that is below any threshold.
     class_scores = op.Transpose(all_scores, perm=[0, 2, 1])                     # (N, C, P)
-    best_scores, _ = op.TopK(class_scores, op.Reshape(MAX_CANDIDATES, [1]), sorted=0)
-    is_candidate = class_scores >= op.ReduceMin(best_scores, [2])
-    candidate_scores = op.Where(is_candidate, class_scores, -1.0)
+    best_scores, best = op.TopK(class_scores, op.Reshape(MAX_CANDIDATES, [1]), sorted=0)
+    candidate_scores = op.ScatterElements(op.Expand(-1.0, op.Shape(class_scores)), best,
+                                          best_scores, axis=2)
     kept = op.NonMaxSuppression(all_boxes, candidate_scores, MAX_CANDIDATES,
                                 op.Clip(max_overlap, 0.0, 1.0), min_score)      # (M, 3)
 
@@ -178,17 +178,23 @@ def describe(model):
 
 
 class CalibrationImages(CalibrationDataReader):
-    """Images of a data folder's TRAIN list, sampled at random and not augmented."""
+    """Images as the input of an ONNX model, one at a time: uint8 tensors (3, 300, 300)."""
 
-    def __init__(self, data_folder, n_images, antialias):
-        dataset = PascalVOCDataset(data_folder, 'TRAIN', augment=False)
-        dataset.antialias = antialias
-        indices = random.Random(0).sample(range(len(dataset)), min(n_images, len(dataset)))
-        self.batches = ({'images': dataset[i][0][None].numpy()} for i in indices)
+    def __init__(self, images):
+        self.images = iter(images)
 
     def get_next(self):
-        """Return the input of the next image, None after the last."""
-        return next(self.batches, None)
+        """Return the next input, None after the last."""
+        image = next(self.images, None)
+        return None if image is None else {'images': image[None].numpy()}
+
+
+def sample_images(data_folder, n_images, antialias):
+    """Sample images of a data folder's TRAIN list at random; they are not augmented."""
+    dataset = PascalVOCDataset(data_folder, 'TRAIN', augment=False)
+    dataset.antialias = antialias
+    indices = random.Random(0).sample(range(len(dataset)), min(n_images, len(dataset)))
+    return (dataset[i][0] for i in indices)
 
 
 def quantize(network, images):
@@ -198,13 +204,15 @@ def quantize(network, images):
     highest value in the images. ReLU and max pooling between two convolutions take integers, too.
 
     Args:
-        images: a `CalibrationDataReader`.
+        images: iterable of uint8 tensors (3, 300, 300).
     """
+    # PyTorch's exporter has done what onnxruntime would otherwise ask for in a warning.
+    onnx.helper.set_model_props(network, {'onnx.quant.pre_process': 'onnxruntime.quant'})
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, 'quantized.onnx')
-        quantize_static(network, path, images, op_types_to_quantize=['Conv', 'Relu', 'MaxPool'],
-                        per_channel=True, activation_type=QuantType.QUInt8,
-                        weight_type=QuantType.QInt8)
+        quantize_static(network, path, CalibrationImages(images),
+                        op_types_to_quantize=['Conv', 'Relu', 'MaxPool'], per_channel=True,
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
         return onnx.load(path)
 
 
@@ -223,21 +231,31 @@ def main(parameters):
     if p.int8 != bool(p.calibration_data):
         raise UserError('--int8 and --calibration-data DATA_FOLDER need each other; give both')
     model = SSD300.from_checkpoint(p.checkpoint)
-    images = (CalibrationImages(p.calibration_data, p.calibration_images, bool(model.antialias))
+    images = (sample_images(p.calibration_data, p.calibration_images, bool(model.antialias))
               if p.int8 else None)
     with atomic_write(p.output) as temporary:   # fails now if the folder cannot be written
-        network = export(model, p.raw)
-        if p.int8:
-            network = quantize(network, images)
-        if not p.raw:
-            append_detection(network)
-        onnx.helper.set_model_props(network, describe(model))
-        onnx.checker.check_model(network, full_check=True)
-        onnx.save(network, temporary)
+        write_onnx(temporary, model, images, p.raw)
     size = pathlib.Path(p.output).stat().st_size
     print(f'{p.output}: {size / 1e6:.1f} MB, {len(model.label_map) - 1} classes')
     if not p.raw:
         compare(model, p.output)
+
+
+def write_onnx(path, model, images=None, raw=False):
+    """Write an ONNX file of an SSD300 on the CPU in evaluation mode.
+
+    Args:
+        images: for int8, see `quantize()`; None: float32.
+        raw: end at the output of the network.
+    """
+    network = export(model, raw)
+    if images is not None:
+        network = quantize(network, images)
+    if not raw:
+        append_detection(network)
+    onnx.helper.set_model_props(network, describe(model))
+    onnx.checker.check_model(network, full_check=True)
+    onnx.save(network, path)
 
 
 @torch.no_grad()
