@@ -10,6 +10,7 @@ Letters: N images in a batch, P priors, C classes without the background, M boxe
 non-maximum suppression keeps in the batch, n detections in the batch.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -44,6 +45,8 @@ class Parameters:
     raw: bool = False
     # Compute the convolutions with 8-bit integers: a quarter of the size, and faster on a CPU.
     int8: bool = False
+    # Keep the weights in float16: half of the size. Faster on a GPU; a CPU computes in float32.
+    fp16: bool = False
     # For int8, the folder of the lists that create_data_lists.py wrote; the range of the
     # activations is measured in images of its TRAIN list.
     calibration_data: str | None = None
@@ -73,7 +76,7 @@ class Decoder(nn.Module):
             boxes (N, P, 4), corners in fractions, and the probabilities (N, P, C) of all classes
             but the background.
         """
-        locs, scores = self.model(self.model.normalize(images))
+        locs, scores = compute_outputs(self.model, images)
         probabilities = scores.softmax(dim=2)
         is_finite = probabilities[:, :, 0].isfinite() & locs.isfinite().all(dim=2)      # (N, P)
         probabilities = probabilities.masked_fill(~is_finite.unsqueeze(2), 0)
@@ -87,7 +90,13 @@ class RawNetwork(Decoder):
 
     def forward(self, images):
         """Compute locs (N, P, 4) and scores (N, P, C + 1) of images (N, 3, 300, 300) uint8."""
-        return self.model(self.model.normalize(images))
+        return compute_outputs(self.model, images)
+
+
+def compute_outputs(model, images):
+    """Compute the output of a network in float32, whatever the dtype of its weights."""
+    images = model.normalize(images).to(model.base.conv1_1.weight.dtype)
+    return [output.float() for output in model(images)]
 
 
 @onnxscript.script(default_opset=op)
@@ -230,15 +239,25 @@ def main(parameters):
         raise UserError(f'{p.output} does not end with .onnx; name the file to write so')
     if p.int8 != bool(p.calibration_data):
         raise UserError('--int8 and --calibration-data DATA_FOLDER need each other; give both')
+    if p.int8 and p.fp16:
+        raise UserError('--int8 and --fp16 exclude each other; give one of them')
     model = SSD300.from_checkpoint(p.checkpoint)
     images = (sample_images(p.calibration_data, p.calibration_images, bool(model.antialias))
               if p.int8 else None)
     with atomic_write(p.output) as temporary:   # fails now if the folder cannot be written
-        write_onnx(temporary, model, images, p.raw)
+        write_onnx(temporary, convert_to_float16(model) if p.fp16 else model, images, p.raw)
     size = pathlib.Path(p.output).stat().st_size
     print(f'{p.output}: {size / 1e6:.1f} MB, {len(model.label_map) - 1} classes')
     if not p.raw:
         compare(model, p.output)
+
+
+def convert_to_float16(model):
+    """Return a copy of an SSD300 whose convolutions are in float16."""
+    model = copy.deepcopy(model)
+    for part in (model.base, model.aux_convs, model.pred_convs):
+        part.half()
+    return model
 
 
 def write_onnx(path, model, images=None, raw=False):

@@ -1,7 +1,11 @@
 """Tests of tools/export.py and support/onnx_network.py: an ONNX file against its checkpoint."""
 
+import copy
 import json
+import pathlib
+import re
 import sys
+from types import SimpleNamespace
 
 import onnx
 import onnxruntime
@@ -25,6 +29,7 @@ from tools.benchmark_sides import (
     simulate_untrained_outputs,
 )
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 LABEL_MAP = {'background': 0, 'cat': 1, 'dog': 2, 'cow': 3}
 
 
@@ -49,10 +54,18 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(checkpoint):
-    """A function that exports the checkpoint to a file, or ends with the exit status."""
+    """A function that runs the script with the checkpoint above, and returns the path."""
+    original, networks = export.export, {}
+
+    def export_once(model, raw=False):      # it takes seconds
+        key = raw, model.base.conv1_1.weight.dtype
+        networks[key] = networks[key] if key in networks else original(model, raw)
+        return copy.deepcopy(networks[key])
+
     def run_main(output, **parameters):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(export, 'SSD300', ThinSSD300)
+            patch.setattr(export, 'export', export_once)
             export.main(export.Parameters(str(checkpoint), str(output), **parameters))
         return output
     return run_main
@@ -95,6 +108,7 @@ def assert_equal(detections, expected, tolerance=1e-4):
 class FixedOutputs(nn.Module):
     """A network of given outputs."""
 
+    base = SimpleNamespace(conv1_1=nn.Conv2d(1, 1, 1))      # whose dtype is that of the network
     normalize = staticmethod(lambda images: images)
 
     def __init__(self, *outputs):
@@ -128,7 +142,7 @@ def test_selection_of_detections_is_that_of_detect_objects():
         export.select_detections.to_model_proto().SerializeToString())
     for locs, scores in outputs_of_networks():
         network = FixedOutputs(locs, scores)
-        boxes, probabilities = export.Decoder(network)(None)
+        boxes, probabilities = export.Decoder(network)(torch.zeros(3))
         for thresholds in (EVALUATION, VISUALIZATION, {**EVALUATION, 'top_k': sys.maxsize},
                            {'min_score': 0.9, 'max_overlap': 0.0, 'top_k': 3},
                            {'min_score': 1.0, 'max_overlap': 1.0, 'top_k': 200}):
@@ -197,6 +211,31 @@ def test_convolutions_of_an_int8_file_are_quantized(model, run, lists, tmp_path)
     assert len(expected) > 20 and scores[:20].numpy() == pytest.approx(expected[:20], abs=0.2)
 
 
+def test_weights_of_an_fp16_file_are_in_half_precision(model, run, exported, tmp_path):
+    path = run(tmp_path / 'fp16.onnx', fp16=True)
+    assert path.stat().st_size < 0.75 * exported.stat().st_size     # of the thin model: the priors
+    images = make_images(1)
+    _, _, (scores,) = OnnxNetwork(path).detect_in_batch(images, **VISUALIZATION)
+    _, _, (expected,) = model.detect_in_batch(images, **VISUALIZATION)
+    assert scores[:20].numpy() == pytest.approx(expected[:20], abs=0.02)
+
+
+def test_python_of_the_documentation_draws_the_detections(model, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'ssd300.onnx').symlink_to(exported)
+    Image.effect_noise((120, 90), 80).convert('RGB').save('photo.jpg', quality=95)
+    text = (ROOT / 'docs' / 'export.md').read_text(encoding='utf-8')
+    python, = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    namespace = {}
+    exec(compile(python, 'export.md', 'exec'), namespace)
+    with Image.open('photo.jpg') as photo:
+        expected, = detect.predict([photo], model=model, precision='float32')
+    assert [namespace['names'][label] for label in namespace['labels']] == expected['labels'] != []
+    boxes = torch.from_numpy(namespace['boxes']) * torch.tensor([120, 90, 120, 90])
+    assert torch.allclose(boxes, expected['boxes'], atol=0.02)
+    assert len(Image.open('annotated.png').getcolors(20_000)) > 1
+
+
 # --- the scripts ---
 
 
@@ -237,6 +276,7 @@ def test_parameters_without_an_effect_are_a_user_error(exported, capsys, paramet
     ({'output': 'ssd300.pt'}, 'does not end with .onnx'),
     ({'int8': True}, 'give both'),
     ({'calibration_data': 'x'}, 'give both'),
+    ({'int8': True, 'calibration_data': 'x', 'fp16': True}, 'exclude each other'),
     ({'int8': True, 'calibration_data': 'missing'}, 'missing'),
     ({'output': 'no/such/folder.onnx'}, 'cannot be written'),
 ])
