@@ -185,15 +185,19 @@ def test_file_describes_itself(model, exported):
     assert b'site-packages' not in exported.read_bytes()
 
 
-def test_raw_file_ends_at_the_output_of_the_network(model, run, tmp_path):
-    session = onnxruntime.InferenceSession(run(tmp_path / 'raw.onnx', raw=True))
+def test_raw_file_in_half_precision_has_the_output_of_the_network(model, run, exported, tmp_path):
+    """Both parameters at once: each would start the exporter again."""
+    path = run(tmp_path / 'raw.onnx', raw=True, fp16=True)
+    assert path.stat().st_size < 0.75 * exported.stat().st_size     # the rest are priors
     images = make_images(3)
-    outputs = session.run(['locs', 'scores'], {'images': images.numpy()})
+    outputs = onnxruntime.InferenceSession(path).run(['locs', 'scores'],
+                                                     {'images': images.numpy()})
     with torch.no_grad():
         for output, expected in zip(outputs, model(model.normalize(images)), strict=True):
-            assert torch.allclose(torch.from_numpy(output), expected, atol=1e-4)
+            assert output.shape == expected.shape and output.dtype == 'float32'
+            assert (torch.from_numpy(output) - expected).std() < 0.01 * expected.std()
     with pytest.raises(UserError, match='without --raw'):
-        OnnxNetwork(tmp_path / 'raw.onnx')
+        OnnxNetwork(path)
 
 
 def test_convolutions_of_an_int8_file_are_quantized(model, run, lists, tmp_path):
@@ -209,15 +213,6 @@ def test_convolutions_of_an_int8_file_are_quantized(model, run, lists, tmp_path)
     _, _, (scores,) = OnnxNetwork(path).detect_in_batch(images, **VISUALIZATION)
     _, _, (expected,) = model.detect_in_batch(images, **VISUALIZATION)
     assert len(expected) > 20 and scores[:20].numpy() == pytest.approx(expected[:20], abs=0.2)
-
-
-def test_weights_of_an_fp16_file_are_in_half_precision(model, run, exported, tmp_path):
-    path = run(tmp_path / 'fp16.onnx', fp16=True)
-    assert path.stat().st_size < 0.75 * exported.stat().st_size     # of the thin model: the priors
-    images = make_images(1)
-    _, _, (scores,) = OnnxNetwork(path).detect_in_batch(images, **VISUALIZATION)
-    _, _, (expected,) = model.detect_in_batch(images, **VISUALIZATION)
-    assert scores[:20].numpy() == pytest.approx(expected[:20], abs=0.02)
 
 
 def test_python_of_the_documentation_draws_the_detections(model, exported, tmp_path, monkeypatch):
