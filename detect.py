@@ -2,6 +2,7 @@
 
     python detect.py photo.jpg --output annotated.jpg
     python detect.py photos 'more/**/*.png' clip.mp4 --output results --json results.json
+    python detect.py photo.jpg --checkpoint ssd300.onnx     # a file that tools/export.py wrote
 
 From Python, with the checkpoint that train.py wrote:
 
@@ -22,6 +23,7 @@ import os
 import pathlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import torch
 import tyro
@@ -30,7 +32,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from model import SSD300, VISUALIZATION
-from support.device import choose_device
+from support.device import choose_device, choose_precision
 from support.drawing import draw_objects
 from support.errors import UserError, atomic_write, check_at_least, exit_on_user_error, make_folder
 from support.images import (
@@ -49,6 +51,7 @@ from support.images import (
     read_batches,
     save_image,
 )
+from support.onnx_network import OnnxNetwork, check_parameters, is_onnx
 from support.processes import stop_on_signal
 from support.published import download_coco
 from support.video import VideoReader, VideoWriter
@@ -69,8 +72,9 @@ class Parameters:
 
     # --- model ---
 
-    # The checkpoint that train.py wrote, or a published one. If the default does not exist, the
-    # weights that torchvision trained on COCO are downloaded once (136 MB) and detect 80 classes.
+    # The checkpoint that train.py wrote, a published one, or an .onnx file of tools/export.py. If
+    # the default does not exist, the weights that torchvision trained on COCO are downloaded once
+    # (136 MB) and detect 80 classes.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
     # Images per batch; none: 32 on a GPU, 4 on a CPU.
     batch_size: int | None = None
@@ -100,6 +104,9 @@ class Parameters:
     json: str | None = None
     # cpu, cuda, cuda:1, ...; auto is the GPU if there is one.
     device: str = 'auto'
+    # auto is bf16 where the device supports it, else fp16 on a GPU and float32 on a CPU. What that
+    # costs in mAP, eval.py --precision prints.
+    precision: Literal['auto', 'bf16', 'fp16', 'float32'] = 'auto'
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,14 +115,16 @@ class Parameters:
 
 
 def detect(original_image, min_score=0.2, max_overlap=0.5, top_k=200, suppress=None, model=None,
-           classes=None):
+           classes=None, precision='auto'):
     """Detect objects in an image and draw them: `detect(Image.open('photo.jpg')).show()`.
 
     Args:
         original_image: PIL image of any mode and size; it is not changed.
         min_score, max_overlap, top_k: see `SSD300.detect_objects`.
         suppress, classes: names of classes not to draw, and of the only ones to draw.
-        model: an SSD300 in evaluation mode; None loads the default checkpoint once.
+        model: an SSD300 in evaluation mode, or an OnnxNetwork; None loads the default checkpoint
+            once.
+        precision: 'bf16', 'fp16', 'float32', or 'auto': the fastest of the model's device.
 
     Returns:
         A new PIL image, RGB and upright, with a box and a label for each object.
@@ -126,21 +135,23 @@ def detect(original_image, min_score=0.2, max_overlap=0.5, top_k=200, suppress=N
     model = default_model() if model is None else model
     names = select_classes(model.label_map, classes, suppress)
     image = make_upright(original_image)
-    prediction, = predict_batch([image], model, names, min_score, max_overlap, top_k)
+    prediction, = predict_batch([image], model, names, min_score, max_overlap, top_k, precision)
     draw_objects(image, prediction, distinct_colors(model.label_map))
     return image
 
 
 def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None, batch_size=None,
-            classes=None, suppress=None):
+            classes=None, suppress=None, precision='auto'):
     """Detect objects in images and return them as numbers.
 
     Args:
         images: list of PIL images of any mode and size; their EXIF orientation is respected.
         min_score, max_overlap, top_k: see `SSD300.detect_objects`.
-        model: an SSD300 in evaluation mode; None loads the default checkpoint once.
+        model: an SSD300 in evaluation mode, or an OnnxNetwork; None loads the default checkpoint
+            once.
         batch_size: images per batch; None: 32 on a GPU, 4 on a CPU.
         classes, suppress: names of the only classes to detect (none: all), and of others.
+        precision: 'bf16', 'fp16', 'float32', or 'auto': the fastest of the model's device.
 
     Returns:
         For each image {'boxes': (n, 4) corners in pixels of the upright image, 'labels': [names],
@@ -155,20 +166,20 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None, batch
     predictions = []
     for batch in in_batches(images, batch_size or choose_batch_size(model)):
         predictions += predict_batch([make_upright(image) for image in batch], model, names,
-                                     min_score, max_overlap, top_k)
+                                     min_score, max_overlap, top_k, precision)
     return predictions
 
 
-@torch.no_grad()
-def predict_batch(images, model, names, min_score, max_overlap, top_k):
+def predict_batch(images, model, names, min_score, max_overlap, top_k, precision):
     """Detect objects of the named classes in a list of N upright RGB images; see `predict()`."""
     inputs = [pil_to_tensor(warp(image, (0, 0, *image.size), antialias=bool(model.antialias),
                                  size=model.input_size)) for image in images]
-    batch = torch.stack(inputs).to(model.priors_cxcy.device)        # (N, 3, size, size)
     # Detections of other classes must not use up places among the best top_k.
     all_classes = len(names) == len(model.label_map) - 1
-    detections = model.detect_objects(*model(model.normalize(batch)), min_score, max_overlap,
-                                      top_k if all_classes else sys.maxsize)
+    dtype = choose_precision(precision, model.device)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        detections = model.detect_in_batch(torch.stack(inputs), min_score, max_overlap,
+                                           top_k if all_classes else sys.maxsize)
     name_of_label = {label: name for name, label in model.label_map.items()}
     predictions = []
     for image, boxes, labels, scores in zip(images, *detections):
@@ -197,7 +208,7 @@ def select_classes(label_map, classes, suppress):
 
 def choose_batch_size(model):
     """Return the batch size for the device of a model."""
-    return BATCH_SIZE_GPU if model.priors_cxcy.is_cuda else BATCH_SIZE_CPU
+    return BATCH_SIZE_GPU if model.device.type == 'cuda' else BATCH_SIZE_CPU
 
 
 @functools.cache
@@ -207,7 +218,9 @@ def default_model():
 
 
 def load_model(path, device_name):
-    """Load a checkpoint's model; if the default checkpoint does not exist, COCO's."""
+    """Load a checkpoint's model or an ONNX file; without the default checkpoint, COCO's weights."""
+    if is_onnx(path):
+        return OnnxNetwork(path)
     if path == Parameters.checkpoint and not pathlib.Path(path).exists():
         print(f'{path} is not there, so these are the weights that torchvision trained on COCO',
               file=sys.stderr)
@@ -227,17 +240,18 @@ def load_model(path, device_name):
 class Detector:
     """A model with the batch size, classes and thresholds of the command line."""
 
-    model: SSD300
+    model: SSD300 | OnnxNetwork
     batch_size: int
     names: set[str]     # of the classes to detect
     min_score: float
     max_overlap: float
     top_k: int
+    precision: str = 'auto'
 
     def predict(self, images):
         """Detect objects in a list of upright RGB images, which may be empty."""
         return predict_batch(images, self.model, self.names, self.min_score, self.max_overlap,
-                             self.top_k) if images else []
+                             self.top_k, self.precision) if images else []
 
     @functools.cached_property
     def colors(self):
@@ -253,11 +267,12 @@ def main(parameters):
         raise UserError('no input was named; give one or more images, videos or folders')
     check_at_least(1, batch_size=1 if p.batch_size is None else p.batch_size, top_k=p.top_k,
                    max_pixels=p.max_pixels)
+    check_parameters(p.checkpoint, p.device, p.precision)
     limit_pixels(p.max_pixels)
     model = load_model(p.checkpoint, p.device)
     detector = Detector(model, p.batch_size or choose_batch_size(model),
                         select_classes(model.label_map, p.classes, p.suppress),
-                        p.min_score, p.max_overlap, p.top_k)
+                        p.min_score, p.max_overlap, p.top_k, p.precision)
     inputs, problems = expand_inputs(p.inputs)
     outputs = choose_outputs(inputs, p.output) if inputs else []
     check_outputs(inputs, outputs + ([pathlib.Path(p.json)] if p.json else []))

@@ -3,10 +3,13 @@
     python eval.py --data-folder data --checkpoint checkpoint_ssd300.pth.tar
     python eval.py --results results --pictures pictures    # result files and pictures as well
     python eval.py --detections results                     # of result files, without the network
+    python eval.py --precision bf16                         # also what bf16 costs in mAP
+    python eval.py --checkpoint ssd300.onnx                 # a file that tools/export.py wrote
     torchrun --nproc-per-node=8 eval.py --data-folder data --checkpoint checkpoint_ssd300.pth.tar
 """
 
 import dataclasses
+from typing import Literal
 
 import torch
 import tyro
@@ -20,7 +23,7 @@ from support.coco_lists import (
     write_results as write_coco_results,
 )
 from support.coco_metrics import coco_average_precision, coco_summary
-from support.device import disable_tf32
+from support.device import choose_precision, disable_tf32
 from support.errors import UserError, check_at_least, exit_on_user_error, make_folder
 from support.evaluation_report import (
     draw_pictures,
@@ -33,6 +36,7 @@ from support.evaluation_report import (
     to_pixels,
     write_results,
 )
+from support.onnx_network import OnnxNetwork, check_parameters, is_onnx
 from support.processes import (
     all_gather,
     check_shared_memory,
@@ -56,7 +60,7 @@ class Parameters:
 
     # --- model ---
 
-    # The checkpoint that train.py wrote.
+    # The checkpoint that train.py wrote, or an .onnx file of tools/export.py.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
 
     # --- output ---
@@ -78,6 +82,9 @@ class Parameters:
     batch_size: int = 32
     # cpu, cuda, cuda:1, ...; auto is the GPU where there is one.
     device: str = 'auto'
+    # The table is always that of float32. With bf16, fp16 or auto (what detect.py uses) objects are
+    # detected once more, in this precision, and the difference of the mAP is printed.
+    precision: Literal['auto', 'bf16', 'fp16', 'float32'] = 'float32'
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,7 +111,9 @@ def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coc
         ({class name: AP}, mAP) by the rule of VOC 2007, NaN for a class without objects; the same
         in every rank.
     """
-    detections, ground_truth = find_detections(test_loader, model, autocast)
+    was_training = model.training
+    detections, ground_truth = find_detections(test_loader, model.eval(), autocast)
+    model.train(was_training)
     by_iou = (coco_average_precision(detections, ground_truth, model.label_map)
               if coco and get_rank() == 0 else {})
     return print_evaluation(detections, ground_truth, model.label_map, operating_score, by_iou)
@@ -112,26 +121,20 @@ def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coc
 
 @torch.no_grad()
 def find_detections(test_loader, model, autocast=None):
-    """Detect objects in all images of a loader; see `evaluate()`.
+    """Detect objects in all images of a loader with a model in evaluation mode; see `evaluate()`.
 
     Returns:
         `Detections` and `GroundTruth` of the images of all ranks in their order, boxes in
         fractions, on the CPU.
     """
-    was_training = model.training
-    model.eval()
     test_loader.dataset.resize_for(model)
-    device = model.priors_cxcy.device
     detected, annotated = [], []    # rows (n, 6) of each image
     for images, *targets in tqdm(test_loader, 'evaluating', unit='batch', leave=False,
                                  disable=get_rank() > 0):
         with autocast or disable_tf32():
-            predicted_locs, predicted_scores = model(
-                model.normalize(images.to(device, non_blocking=True)))
-        detected += rows_per_image(
-            *model.detect_objects(predicted_locs, predicted_scores, **EVALUATION))
+            detections = model.detect_in_batch(images, **EVALUATION)
+        detected += rows_per_image(*detections)
         annotated += rows_per_image(*targets)
-    model.train(was_training)
 
     detected, annotated = gather_images(detected), gather_images(annotated)
     return (Detections([rows[:, :4] for rows in detected],
@@ -189,8 +192,11 @@ def main(parameters):
     check_at_least(0, workers=p.workers)
     if p.detections and p.results:
         raise UserError('--detections are already written; leave --results out')
-    with process_group('cpu' if p.detections else p.device) as device:
-        model = None if p.detections else SSD300.from_checkpoint(p.checkpoint)
+    if p.detections and p.precision != 'float32':
+        raise UserError('--detections are of one precision; leave --precision out')
+    check_parameters(p.checkpoint, p.device, p.precision)
+    with process_group('cpu' if p.detections or is_onnx(p.checkpoint) else p.device) as device:
+        model = None if p.detections else load_model(p.checkpoint, device)
         dataset = PascalVOCDataset(p.data_folder, 'TEST', keep_difficult=True)
         check_dataset(p, model, dataset)
         coco = read_evaluation(p.data_folder, dataset.images, dataset.label_map)
@@ -200,8 +206,11 @@ def main(parameters):
         for folder in filter(None, (p.results, p.pictures)):
             make_folder(folder)
 
+        dtype = choose_precision(p.precision, device)
         if not p.detections:
             detections = detect_in_dataset(p, model, dataset, device)
+            less_precise = (dtype != torch.float32
+                            and detect_in_dataset(p, model, dataset, device, dtype))
         elif coco is None:
             detections = read_results(p.detections, ids, dataset.label_map)
         else:
@@ -220,18 +229,37 @@ def main(parameters):
             print(f'pictures written to {p.pictures}')
         numbers = (coco_average_precision(detections, ground_truth, dataset.label_map)
                    if coco is None else coco_summary(detections, coco, dataset.label_map))
-        print_evaluation(detections, ground_truth, dataset.label_map, p.operating_score, numbers)
+        _, mAP = print_evaluation(detections, ground_truth, dataset.label_map, p.operating_score,
+                                  numbers)
+        if p.precision != 'float32':
+            print_difference(mAP, less_precise, ground_truth, dataset.label_map, dtype)
 
 
-def detect_in_dataset(p, model, dataset, device):
+def load_model(path, device):
+    """Load a checkpoint's model, or an ONNX file."""
+    if is_onnx(path):
+        return OnnxNetwork(path)
+    return SSD300.from_checkpoint(path).to(device, memory_format=torch.channels_last)
+
+
+def detect_in_dataset(p, model, dataset, device, dtype=torch.float32):
     """Detect objects in all images of a data set: `Detections` in pixels, with its labels."""
     check_shared_memory(p.workers, p.batch_size * 3 * model.input_size ** 2)
-    model = model.to(device, memory_format=torch.channels_last)
     loader = make_test_loader(dataset, p.batch_size, p.workers, device)
-    detections, _ = find_detections(loader, model)
+    autocast = None if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    detections, _ = find_detections(loader, model, autocast)
     if dataset.label_map != model.label_map:    # COCO's published weights
         detections = relabel(detections, model.label_map, dataset.label_map)
     return to_pixels(detections, read_image_sizes(dataset.images))
+
+
+def print_difference(mAP, detections, ground_truth, label_map, dtype):
+    """Print how much the mAP of detections in another precision differs from float32's."""
+    if dtype == torch.float32:
+        print('--precision auto is float32 on this device')
+        return
+    _, other = calculate_mAP(*detections, *ground_truth, label_map)
+    print(f'in {dtype}: mAP {other:.4f}, float32 {mAP:.4f}, difference {other - mAP:+.4f}')
 
 
 def relabel(detections, label_map, new_label_map):

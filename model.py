@@ -320,8 +320,8 @@ class PredictionConvolutions(nn.Module):
             # and so on. With channels last, a reshape gives one row per prior, cell after cell.
             loc = loc_conv(feats).permute(0, 2, 3, 1)               # (N, size, size, priors * 4)
             scores = class_conv(feats).permute(0, 2, 3, 1)          # (N, size, size, priors * C)
-            locs.append(loc.reshape(len(feats), -1, 4))
-            classes_scores.append(scores.reshape(len(feats), -1, self.n_classes))
+            locs.append(loc.reshape(feats.shape[0], -1, 4))
+            classes_scores.append(scores.reshape(feats.shape[0], -1, self.n_classes))
         return torch.cat(locs, dim=1), torch.cat(classes_scores, dim=1)
 
 
@@ -448,6 +448,17 @@ class SSD300(nn.Module):
         return ([boxes[rows].clamp(0, 1) for rows in rows_per_image],
                 [label[rows] for rows in rows_per_image],
                 [score[rows] for rows in rows_per_image])
+
+    @property
+    def device(self):
+        """Device of the weights."""
+        return self.priors_cxcy.device
+
+    @torch.no_grad()
+    def detect_in_batch(self, images, min_score, max_overlap, top_k):
+        """Detect objects in uint8 images (N, 3, 300, 300) on any device; see `detect_objects()`."""
+        images = images.to(self.device, non_blocking=True)
+        return self.detect_objects(*self(self.normalize(images)), min_score, max_overlap, top_k)
 
     @classmethod
     def from_checkpoint(cls, path):

@@ -200,6 +200,22 @@ def test_other_classes_take_no_place_among_the_best(model):
         predict([image], model=model, classes=['unicorn'])
 
 
+@pytest.mark.parametrize('precision, expected', [
+    ('float32', torch.float32), ('bf16', torch.bfloat16), ('auto', torch.bfloat16)])
+def test_precision_is_that_of_autocast(model, monkeypatch, precision, expected):
+    def forward(images):
+        dtypes.append((images[:, :, 0] @ torch.zeros(300, 1)).dtype)
+        return FixedModel.forward(model, images)
+
+    dtypes, image = [], Image.new('RGB', (30, 20))
+    monkeypatch.setattr(model, 'forward', forward)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': True},
+                        raising=False)
+    prediction, = predict([image], model=model, precision=precision)
+    detect(image, model=model, precision=precision)
+    assert dtypes == [expected] * 2 and prediction['scores'].dtype == torch.float32
+
+
 def test_docstring_example_runs(default_checkpoint, monkeypatch):
     shown = []
     monkeypatch.setattr(Image.Image, 'show', lambda image: shown.append(image))

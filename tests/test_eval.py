@@ -20,21 +20,14 @@ from utils import calculate_mAP
 class FixedDetections(nn.Module):
     """Detects the same three boxes in every image."""
 
-    antialias, input_size = False, 300
+    antialias, input_size, device = False, 300, torch.device('cpu')
 
     def __init__(self):
         super().__init__()
-        self.register_buffer('priors_cxcy', torch.zeros(1, 4))
         self.label_map = {'background': 0, 'cat': 1, 'dog': 2}
 
-    def normalize(self, images):
-        return images.float()
-
-    def forward(self, images):
-        assert not self.training and not torch.is_grad_enabled()
-        return images, images
-
-    def detect_objects(self, images, _, min_score, max_overlap, top_k):
+    def detect_in_batch(self, images, min_score, max_overlap, top_k):
+        assert not self.training and images.dtype == torch.uint8
         assert (min_score, max_overlap, top_k) == (0.01, 0.45, 200)
         boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0., 0., 1., 1.], [0.6, 0.2, 0.7, 0.9]])
         n = len(images)
@@ -76,11 +69,12 @@ def test_evaluate_prints_what_it_returns(loader, capsys):
 
 
 def test_precision_is_float32_unless_given(loader, capsys, monkeypatch):
-    def forward(model, images):
-        dtypes.append((images.flatten(1) @ torch.zeros(270_000, 1)).dtype)
-        return images, images
+    def detect_in_batch(model, images, **thresholds):
+        dtypes.append((images.flatten(1).float() @ torch.zeros(270_000, 1)).dtype)
+        return original(model, images, **thresholds)
 
-    monkeypatch.setattr(FixedDetections, 'forward', forward)
+    original = FixedDetections.detect_in_batch
+    monkeypatch.setattr(FixedDetections, 'detect_in_batch', detect_in_batch)
     dtypes = []
     evaluation.evaluate(loader, FixedDetections())
     evaluation.evaluate(loader, FixedDetections(), autocast=torch.autocast('cpu', torch.bfloat16))
@@ -88,7 +82,7 @@ def test_precision_is_float32_unless_given(loader, capsys, monkeypatch):
 
 
 def test_find_detections_returns_lists_for_calculate_map(loader):
-    detections, ground_truth = evaluation.find_detections(loader, FixedDetections())
+    detections, ground_truth = evaluation.find_detections(loader, FixedDetections().eval())
     assert [len(boxes) for boxes in detections.boxes] == [3, 3, 3]
     assert detections.labels[2].tolist() == [1, 2, 1]
     assert detections.scores[2].tolist() == pytest.approx([0.9, 0.3, 0.02])
@@ -119,7 +113,7 @@ def test_other_ranks_print_nothing_and_return_the_same(loader, capsys, monkeypat
 
 
 def test_result_files_give_the_same_table(lists, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: FixedDetections())
+    monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: FixedDetections().eval())
     transform = datasets.transform
     monkeypatch.setattr(datasets, 'transform',
                         lambda *args: antialias.append(args[-2]) or transform(*args))
@@ -138,6 +132,35 @@ def test_result_files_give_the_same_table(lists, tmp_path, capsys, monkeypatch):
     for path in pictures.iterdir():
         with Image.open(path) as image:
             assert image.width > 500
+
+
+@pytest.mark.parametrize('precision, line', [
+    ('bf16', r'in torch.bfloat16: mAP (.*), float32 (.*), difference -(.*)'),
+    ('auto', '--precision auto is float32 on this device'), ('float32', None)])
+def test_cost_of_another_precision_is_printed(lists, capsys, monkeypatch, precision, line):
+    def detect_in_batch(model, images, **thresholds):
+        boxes, labels, scores = original(model, images, **thresholds)
+        if torch.is_autocast_enabled('cpu'):
+            labels = [3 - label for label in labels]    # cats for dogs
+        return boxes, labels, scores
+
+    original = FixedDetections.detect_in_batch
+    monkeypatch.setattr(FixedDetections, 'detect_in_batch', detect_in_batch)
+    monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: FixedDetections().eval())
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', dict, raising=False)
+    capsys.readouterr()
+    evaluation.main(evaluation.Parameters(data_folder=str(lists), device='cpu', workers=0,
+                                          precision=precision))
+    *table, last = capsys.readouterr().out.splitlines()
+    if line is None:
+        assert last.startswith('mAP ')
+        return
+    numbers = re.fullmatch(line, last).groups()
+    assert table[-1].split()[0] == 'mAP'
+    if numbers:
+        other, mAP, difference = map(float, numbers)
+        assert table[-1].split()[1] == f'{mAP:.4f}'
+        assert mAP - other == pytest.approx(difference, abs=2e-4) and difference > 0.1
 
 
 def test_checkpoint_of_other_classes_is_a_user_error(lists, tmp_path, capsys):
@@ -168,6 +191,7 @@ def test_names_that_no_result_file_can_hold_are_found_before_the_evaluation(
 
 @pytest.mark.parametrize('changes, message', [
     ({'results': 'x'}, 'leave --results out'),
+    ({'precision': 'bf16'}, 'leave --precision out'),
     ({'batch_size': 0}, 'batch'),
     ({}, 'no images in its TEST list'),
 ])

@@ -163,15 +163,10 @@ def test_pillow_logs_nothing(quiet_pillow, tmp_path):
 class StandIn:
     """A model that detects a cat in every image."""
 
-    label_map, priors_cxcy, antialias, input_size = LABEL_MAP, torch.zeros(1, 4), True, 300
+    label_map, device = LABEL_MAP, torch.device('cpu')
+    antialias, input_size = True, 300
 
-    def normalize(self, images):
-        return images
-
-    def __call__(self, images):
-        return images, images
-
-    def detect_objects(self, images, *_):
+    def detect_in_batch(self, images, *_):
         n_images = len(images)
         return ([torch.tensor([[.1, .2, .5, .6]])] * n_images, [torch.tensor([1])] * n_images,
                 [torch.tensor([.9])] * n_images)

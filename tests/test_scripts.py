@@ -148,7 +148,8 @@ IMPORTS = '''
 import importlib, json, pathlib, random, sys, warnings
 state, loaded = random.getstate(), {}
 import train
-loaded['train'] = [name for name in ('av', 'pycocotools', 'matplotlib') if name in sys.modules]
+slow = 'av', 'pycocotools', 'matplotlib', 'onnx', 'onnxruntime'
+loaded['train'] = [name for name in slow if name in sys.modules]
 root = pathlib.Path(train.__file__).parent
 for path in sorted([*root.glob('*.py'), *root.glob('support/*.py'), *root.glob('tools/*.py')]):
     name = '.'.join(path.relative_to(root).with_suffix('').parts).removesuffix('.__init__')

@@ -57,6 +57,7 @@ from support.errors import (
     exit_on_user_error,
     make_folder,
 )
+from support.onnx_network import OnnxNetwork
 from support.processes import default_workers
 from support.training_log import TrainingLog
 from tools.benchmark_sides import (
@@ -68,6 +69,7 @@ from tools.benchmark_sides import (
     simulate_trained_outputs,
     simulate_untrained_outputs,
 )
+from tools.export import write_onnx
 from tools.shapes import draw_image, write_annotation
 from utils import (
     FILLER,
@@ -96,7 +98,8 @@ class Parameters:
 
     # Names of the rows; none: all. The last six take minutes on a CPU.
     only: tuple[Literal['data', 'handover', 'loss', 'detect', 'untrained', 'mAP', 'step',
-                        'inference', 'memory', 'ssd512', 'training', 'files'], ...] = ()
+                        'inference', 'memory', 'ssd512', 'training', 'files',
+                        'runtimes'], ...] = ()
     # Measurements of a training step per side, after one to warm up; faster rows get up to ten
     # times as many. Raise it if the ratios vary from run to run.
     repeats: int = 3
@@ -653,6 +656,42 @@ def measure_files(images_folder, device, repeats, n_images=64, n_frames=60):
                          note='frames, decoded, annotated, encoded')]
 
 
+def measure_runtimes(repeats):
+    """Measure the detection in one image by PyTorch and by onnxruntime, on the CPU.
+
+    With random weights, which detect no objects, and images of noise.
+    """
+    torch.manual_seed(0)
+    model, cpu = SSD300(N_CLASSES).eval(), torch.device('cpu')
+    image = make_images(1, cpu)
+    with tempfile.TemporaryDirectory() as folder, silence():
+        paths = {name: pathlib.Path(folder, f'{name}.onnx') for name in ('float32', 'int8')}
+        write_onnx(paths['float32'], model)
+        write_onnx(paths['int8'], model, images=make_images(4, cpu))
+        megabytes = {name: path.stat().st_size / 1e6 for name, path in paths.items()}
+        networks = {name: OnnxNetwork(path) for name, path in paths.items()}
+    model.to(memory_format=torch.channels_last)
+    functions = {
+        **{f'PyTorch, {name}': functools.partial(detect_with_dtype, model, image, dtype)
+           for name, dtype in select_dtypes(cpu).items()},
+        **{f'onnxruntime, {name}': functools.partial(network.detect_in_batch, image,
+                                                     **VISUALIZATION)
+           for name, network in networks.items()}}
+    rows, times = [], measure_in_turn(functions.values(), 5 * repeats)
+    for name, seconds in zip(functions, times):
+        note = f'{ratio_of(times[0], seconds):.2f} x PyTorch in float32'
+        if name.startswith('onnx'):
+            note += f', {megabytes[name.split()[1]]:.1f} MB'
+        rows.append(row_of_times(f'runtimes: {name}', 'ms', 1, seconds, note=note))
+    return rows
+
+
+def detect_with_dtype(model, image, dtype):
+    """Detect objects in a batch on the CPU, under autocast to a dtype."""
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        model.detect_in_batch(image, **VISUALIZATION)
+
+
 # --------------------------------------------------------------------------------------------------
 # The table
 # --------------------------------------------------------------------------------------------------
@@ -730,9 +769,10 @@ def main(parameters):
         ('training', measure_training, p.images, device, 32 if gpu else 8,
          p.iterations or (1000 if gpu else 5), p.compile, peak_rate),
         ('files', measure_files, p.images, device, p.repeats),
+        ('runtimes', measure_runtimes, p.repeats),
     ]
     n_threads = torch.get_num_threads()
-    whole_machine = ('step', 'inference', 'memory', 'ssd512', 'training', 'files')
+    whole_machine = ('step', 'inference', 'memory', 'ssd512', 'training', 'files', 'runtimes')
     print_line('what', 'unit', 'ours', 'torchvision', 'ratio', '')
     rows = []
     for name, measure, *arguments in jobs:
