@@ -23,7 +23,10 @@ export function resize(bitmap, size, antialias) {
   const {width, height} = bitmap;
   const columns = triangleFilter(width, size, antialias);
   const rows = triangleFilter(height, size, antialias);
-  const narrow = new Float32Array(3 * size * height);   // resized to `size` columns, all rows
+  // Resized to `size` columns, all rows. With antialiasing Pillow rounds here and in the end; else
+  // only in the end, and downward. What is assigned to a byte is rounded downward, too.
+  const narrow = new (antialias ? Uint8Array : Float32Array)(3 * size * height);
+  const add = 1e-3 + (antialias ? 0.5 : 0);  // 1e-3 against rounding errors
   const canvas = new OffscreenCanvas(width, ROWS);
   const context = canvas.getContext('2d', {willReadFrequently: true});
   context.fillStyle = 'white';      // seen through transparent pixels
@@ -42,13 +45,13 @@ export function resize(bitmap, size, antialias) {
           blue += weights[j] * data[at + 2];
         }
         const to = 3 * ((top + y) * size + x);
-        narrow[to] = red;
-        narrow[to + 1] = green;
-        narrow[to + 2] = blue;
+        narrow[to] = red + add;
+        narrow[to + 1] = green + add;
+        narrow[to + 2] = blue + add;
       }
     }
   }
-  const result = new Uint8ClampedArray(3 * size * size);    // rounds what is assigned
+  const result = new Uint8Array(3 * size * size);
   for (let channel = 0; channel < 3; channel++) {
     for (let y = 0; y < size; y++) {
       const {first, weights} = rows[y];
@@ -57,9 +60,9 @@ export function resize(bitmap, size, antialias) {
         for (let j = 0; j < weights.length; j++) {
           level += weights[j] * narrow[3 * ((first + j) * size + x) + channel];
         }
-        result[(channel * size + y) * size + x] = level;
+        result[(channel * size + y) * size + x] = level + add;
       }
     }
   }
-  return new Uint8Array(result.buffer);
+  return result;
 }
