@@ -7,6 +7,7 @@ The first start fetches onnxruntime-web with npm into web/runtime/; later ones n
 """
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -77,8 +78,9 @@ def main(parameters):
                         f'it')
     fetch_runtime(WEB / 'runtime')
     with make_server(WEB, p.model, p.port) as server:
-        print(f'http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)', flush=True)
-        server.serve_forever()
+        print(f'http://127.0.0.1:{server.server_port}/ (Ctrl-C ends the server)', flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 def fetch_runtime(folder):

@@ -11,15 +11,16 @@ function colorOf(label) {
   });
 }
 
-// Draw an image and its objects onto a canvas. All boxes are drawn before all labels, so that no box
-// crosses a label; both by rising score, so that the more confident one is on top.
+// Draw an image and its objects onto a canvas. All boxes are drawn before all labels, so that no
+// box crosses a label; both by rising score, so that the more confident one is on top.
 export function draw(canvas, picture, objects) {
   const {width, height} = picture;
   Object.assign(canvas, {width, height});
   const context = canvas.getContext('2d');
   context.drawImage(picture, 0, 0);
   // Legible on a phone, too, where the canvas is shown smaller than it is.
-  const fontSize = Math.max(Math.min(width, height) / 30, 12 * width / (canvas.clientWidth || width));
+  const reduction = width / (canvas.clientWidth || width);
+  const fontSize = Math.max(Math.min(width, height) / 30, 12 * reduction);
   const rising = [...objects].reverse().map(({name, score, label, box}) => {
     const [left, top, right, bottom] = box.map((side, i) => side * (i % 2 ? height : width));
     return {text: `${name} ${score.toFixed(2)}`, color: colorOf(label), left, top, right, bottom};

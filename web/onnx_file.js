@@ -21,7 +21,7 @@ function* fields(bytes) {
       yield {number, tagAt, value: varint()};
     } else {
       const length = wireType === 2 ? varint() : {1: 8, 5: 4}[wireType];
-      if (!(at + length <= bytes.length)) throw new Error('it is not an ONNX file, or it is cut off');
+      if (!(at + length <= bytes.length)) throw new Error('not an ONNX file, or cut off');
       yield {number, tagAt, value: bytes.subarray(at, at += length)};
     }
   }
@@ -31,8 +31,8 @@ const find = (bytes, number) => [...fields(bytes)].filter((field) => field.numbe
 
 // Return the metadata of a model as {key: string}: ModelProto.metadata_props.
 export function readMetadata(model) {
-  const entries = find(model, 14).map(({value}) => [find(value, 1), find(value, 2)]);
-  return Object.fromEntries(entries.map(([[key], [value]]) => [text(key.value), text(value.value)]));
+  return Object.fromEntries(find(model, 14).map(({value: entry}) => (
+    [text(find(entry, 1)[0].value), text(find(entry, 2)[0].value)])));
 }
 
 // Remove the defaults of these inputs, in place. A default is an initializer of the input's name,

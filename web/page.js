@@ -12,19 +12,20 @@ let busy = true;            // the worker has a request that it has not answered
 let next = null;            // what to request then; there is never more than one
 let stream = null;          // of the camera, while it runs
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // The worker
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 // A worker that is started from a blob: URL has the page's Content-Security-Policy; one that is
 // started from a file has only that of the file's HTTP headers, which most servers do not send.
 const source = `import ${JSON.stringify(new URL('worker.js', import.meta.url).href)};`;
 const worker = new Worker(URL.createObjectURL(new Blob([source], {type: 'text/javascript'})),
                           {type: 'module'});
-worker.onerror = () => showProblem('The network could not be started: this browser is too old, or ' +
-                                   'a file of the page is missing.');
+worker.onerror = () => showProblem('The network could not be started: this browser is too old, ' +
+                                   'or a file of the page is missing.');
 worker.onmessage = ({data}) => {
-  if (data.problem && element('controls').disabled) return showProblem(data.problem);   // no network
+  // Without a network the worker stays busy: nothing is requested.
+  if (data.problem && element('controls').disabled) return showProblem(data.problem);
   busy = false;
   if (data.ready) showReady(data);
   else if (data.problem) showProblem(data.problem);
@@ -46,9 +47,9 @@ function request(change) {
   next = null;
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // What is shown
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 function showReady({device, names, minScore, maxOverlap}) {
   sliders[0].value = minScore;
@@ -97,9 +98,9 @@ function redraw() {
   if (picture) draw(element('picture'), picture, objects);
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Photos
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 function openFile(file) {
   if (!file) return;
@@ -109,10 +110,8 @@ function openFile(file) {
   request({image: file});
 }
 
-element('file').onchange = ({target}) => {
-  openFile(target.files[0]);
-  target.value = '';        // so that choosing the same file again is a change
-};
+element('file').onclick = ({target}) => { target.value = ''; };     // for the same file once more
+element('file').onchange = ({target}) => openFile(target.files[0]);
 
 for (const kind of ['dragover', 'dragleave', 'drop']) {
   document.addEventListener(kind, (event) => {
@@ -130,13 +129,13 @@ for (const slider of sliders) {
 }
 window.onresize = redraw;
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // The camera
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 const CAMERA_PROBLEMS = {
-  NotAllowedError: 'The camera was refused: allow it for this page beside the address, and start it ' +
-                   'again.',
+  NotAllowedError: 'The camera was refused: allow it for this page beside the address, and start ' +
+                   'it again.',
   NotFoundError: 'No camera was found: connect one, or choose a photo.',
 };
 

@@ -1,7 +1,7 @@
 // Resize images as Pillow's Image.resize(..., BILINEAR) does. The browser's own resizing differs by
 // up to 60 of 255 levels, and the network was trained on Pillow's.
 
-const ROWS = 64;    // source rows that are read at a time: no second copy of a large photo is needed
+const ROWS = 64;    // source rows that are read at a time: a large photo needs no second copy
 
 // Return for each pixel of the result the first source pixel that it averages, and their weights: a
 // triangle around its center that is as wide as the reduction, or, without antialiasing, one pixel.
@@ -11,10 +11,11 @@ export function triangleFilter(sourceSize, size, antialias) {
     const center = (i + 0.5) * step;
     const first = Math.max(0, Math.floor(center - radius + 0.5));
     const last = Math.min(sourceSize, Math.floor(center + radius + 0.5));
-    const weights = Array.from({length: last - first},
-                               (_, j) => Math.max(0, 1 - Math.abs(first + j + 0.5 - center) / radius));
+    const weights = Array.from({length: last - first}, (_, j) => (
+      Math.max(0, 1 - Math.abs(first + j + 0.5 - center) / radius)));
     const sum = weights.reduce((a, b) => a + b);
-    return {first, weights: weights.map((weight) => weight / sum)};
+    // Pillow keeps 22 bits of them. With as many, halves of a level are rounded as they are there.
+    return {first, weights: weights.map((weight) => Math.round(weight / sum * 2 ** 22) / 2 ** 22)};
   });
 }
 
@@ -26,7 +27,7 @@ export function resize(bitmap, size, antialias) {
   // Resized to `size` columns, all rows. With antialiasing Pillow rounds here and in the end; else
   // only in the end, and downward. What is assigned to a byte is rounded downward, too.
   const narrow = new (antialias ? Uint8Array : Float32Array)(3 * size * height);
-  const add = 1e-3 + (antialias ? 0.5 : 0);  // 1e-3 against rounding errors
+  const add = antialias ? 0.5 : 1e-3;   // 1e-3 against rounding errors
   const canvas = new OffscreenCanvas(width, ROWS);
   const context = canvas.getContext('2d', {willReadFrequently: true});
   context.fillStyle = 'white';      // seen through transparent pixels

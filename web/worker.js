@@ -1,7 +1,7 @@
-// The network in a thread of its own, so that the page reacts while an image is decoded, resized and
-// run. Messages in: {load: URL of the model}, then {image, minScore, maxOverlap}, where the image is
-// a File or an ImageBitmap, or is left out for the last one with other thresholds. Each message is
-// answered by one: {ready, ...}, {objects, ...} or {problem: a sentence}.
+// The network in a thread of its own, so that the page reacts while an image is decoded, resized
+// and run. Messages in: {load: URL of the model}, then {image, minScore, maxOverlap}, where the
+// image is a File or an ImageBitmap, or is left out for the last one with other thresholds. Each
+// message is answered by one: {ready, ...}, {objects, ...} or {problem: a sentence}.
 
 import {readMetadata, removeDefaults} from './onnx_file.js';
 import {resize} from './resize.js';
@@ -64,7 +64,7 @@ function parse(model) {
     removeDefaults(model, ['min_score', 'max_overlap', 'top_k']);
   } catch { /* the same sentence for other files as for cut off ones */ }
   if (!metadata.class_names || !metadata.min_score) {
-    throw new Problem('model.onnx is not a whole file of "python -m tools.export" (without --raw).');
+    throw new Problem('model.onnx is not a whole file of "python -m tools.export".');
   }
   return metadata;
 }
@@ -72,6 +72,9 @@ function parse(model) {
 async function start(model, provider) {
   session = await ort.InferenceSession.create(model, {
     executionProviders: [provider], logSeverityLevel: 3 /* errors alone */});
+  if (!session.outputNames.includes('boxes')) {
+    throw new Problem('model.onnx ends before the boxes: export it without --raw.');
+  }
   const side = settings.inputSize;
   await run(new Uint8Array(3 * side * side), 0.5, 0.5);     // some errors come with the first run
 }
