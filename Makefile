@@ -1,6 +1,8 @@
 # make demo    sets up .venv, draws a data set, trains, evaluates, and writes an annotated image
 # make test    sets up .venv, runs the linter and the tests
 # make figures sets up .venv, draws the pictures of the README into img/
+# make web     exports the network of make demo, fetches the browser's runtime, and serves the page of
+#              web/ at http://127.0.0.1:8000/
 #
 # PYTHON names the interpreter that .venv is made from: make test PYTHON=python3.12
 
@@ -11,7 +13,7 @@ BIN := .venv/bin
 # training step on a CPU 10 to 45 %. With these settings it keeps the memory.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: demo test figures setup
+.PHONY: demo test figures web setup
 
 setup: .venv/installed
 
@@ -39,3 +41,12 @@ test: setup
 
 figures: setup
 	$(BIN)/python -m tools.figures
+
+web: setup web/model.onnx
+	$(BIN)/python -m tools.web
+
+web/model.onnx: demo/checkpoint.pth.tar | setup
+	$(BIN)/python -m tools.export $< $@
+
+demo/checkpoint.pth.tar:
+	@echo '$@ is missing: run make demo first' >&2; exit 1
