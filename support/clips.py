@@ -1,9 +1,9 @@
 """Clips of a camera, copied without decoding from the packets of the last seconds."""
 
 import collections
-import contextlib
 import dataclasses
 import io
+import math
 import threading
 from fractions import Fraction
 
@@ -16,7 +16,7 @@ from support.video import AV_ERRORS, reason_of
 MAX_RING_BYTES = 2 ** 27
 # Times of packets that differ by so many seconds more, or less, than their arrivals are wrong.
 MAX_JUMP = 5
-# What players expect in mp4; Matroska takes every codec.
+# What players expect in mp4. Matroska takes nearly every codec, and QuickTime telephone sound.
 MP4_CODECS = {'h264', 'hevc', 'aac', 'mp3'}
 # FFmpeg numbers the frames of these formats as if there were 25 per second.
 UNTIMED_FORMATS = ('mpjpeg', 'mjpeg', 'h264', 'hevc', 'm4v')
@@ -60,14 +60,14 @@ class Ring:
         self.requests = []                  # (start, end, function) of clips to come
         self.is_closed = False
         self.lock = threading.Lock()
-        # Nothing is written to it: it only keeps the streams' parameters.
-        self.container, self.templates = av.open(io.BytesIO(), 'w', format='matroska'), {}
-        for stream in streams:
-            with contextlib.suppress(*AV_ERRORS):   # a codec without a name in Matroska
-                self.templates[stream.index] = self.container.add_stream_from_template(
-                    stream, opaque=True)
-        names = {stream.codec_context.name for stream in streams}
-        self.suffix = '.mp4' if names <= MP4_CODECS else '.mkv'
+        # Nothing is written to it: it only keeps the streams' parameters, of any codec.
+        self.container = av.open(io.BytesIO(), 'w', format='mpegts')
+        known = [stream for stream in streams if stream.codec_context is not None]
+        self.templates = {
+            stream.index: self.container.add_stream_from_template(stream, opaque=True)
+            for stream in known}
+        self.suffix = choose_suffix({stream.codec_context.codec.canonical_name
+                                     for stream in known})
 
     def add(self, packet, time):
         """Add a packet that arrived at a time, and remove old ones."""
@@ -127,8 +127,21 @@ class Ring:
             function(packets)
 
 
+def choose_suffix(codecs):
+    """Return the suffix of a format for a set of codecs, .mp4 if all players know them there."""
+    if codecs <= MP4_CODECS:
+        return '.mp4'
+    for suffix, name in (('.mkv', 'matroska'), ('.mov', 'mov')):
+        with av.open(io.BytesIO(), 'w', format=name) as container:
+            if codecs <= container.supported_codecs:
+                return suffix
+    return '.mkv'
+
+
 def write_clip(path, templates, packets):
     """Write packets of a ring as a video file, whole or not at all.
+
+    Sound that the format cannot hold is left out.
 
     Raises:
         UserError: there is no key frame among them; the file cannot be written.
@@ -137,10 +150,13 @@ def write_clip(path, templates, packets):
         raise UserError(f'{path}: no key frame came in time, so there is no clip')
     try:
         with atomic_write(path) as temporary, av.open(str(temporary), 'w') as output:
-            used = sorted({packet.stream_index for packet in packets})
+            used = {packet.stream_index for packet in packets}
             copies = {index: output.add_stream_from_template(templates[index], opaque=True)
-                      for index in used}
+                      for index in sorted(used)
+                      if templates[index].codec_context.name in output.supported_codecs}
             for stored, position in timed_from_zero(packets):
+                if stored.stream_index not in copies:
+                    continue
                 packet = av.Packet(stored.content)
                 packet.stream, packet.time_base = copies[stored.stream_index], stored.time_base
                 packet.dts = packet.pts = round(position / stored.time_base)
@@ -161,17 +177,16 @@ def timed_from_zero(packets):
     A camera's own times place a packet after the previous one of its stream. Where they jump, or
     are missing, the arrivals do.
     """
-    previous = {}       # {index of a stream: (packet, position)}
+    previous = {}       # {index of a stream: (packet, its position, the position that was yielded)}
     for packet in packets:
-        reference, position = previous.get(packet.stream_index, (packets[0], 0.))
+        reference, position, last = previous.get(packet.stream_index, (packets[0], 0., -math.inf))
         step = elapsed = packet.time - reference.time
         if packet.dts is not None and reference.dts is not None:
             step = float(packet.dts * packet.time_base - reference.dts * reference.time_base)
         if abs(step - elapsed) > MAX_JUMP:
             step = elapsed
         position += step
-        if packet.stream_index in previous:
-            position = max(position, previous[packet.stream_index][1] + 0.001)
-        if position >= 0:   # sound may begin before the key frame
-            previous[packet.stream_index] = packet, position
-            yield packet, position
+        last = max(position, last + 0.001)
+        if last >= 0:   # sound may begin before the key frame
+            previous[packet.stream_index] = packet, position, last
+            yield packet, last
