@@ -73,11 +73,12 @@ class Ring:
         """Add a packet that arrived at a time, and remove old ones."""
         if packet.stream.index not in self.templates or not packet.size:
             return
-        times = (packet.pts, packet.dts, packet.time_base) if self.is_timed else (
-            None, None, Fraction(1, 90000))
+        time_base = packet.time_base if self.is_timed else Fraction(1, 90000)
+        pts_and_dts = (packet.pts, packet.dts) if self.is_timed else (None, None)
+        duration = round((packet.duration or 0) * packet.time_base / time_base)
         is_video = packet.stream.type == 'video'
-        stored = StoredPacket(bytes(packet), packet.stream.index, packet.is_keyframe, *times,
-                              packet.duration or 0, time)
+        stored = StoredPacket(bytes(packet), packet.stream.index, packet.is_keyframe, *pts_and_dts,
+                              time_base, duration, time)
         with self.lock:
             if is_video and packet.is_keyframe:
                 self.groups.append([])
