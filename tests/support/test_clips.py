@@ -1,4 +1,4 @@
-"""Clips: they begin at a key frame and hold the sound; their times rise whatever the source's do."""
+"""Clips begin at a key frame and hold the sound; their times rise whatever the source's do."""
 
 from fractions import Fraction
 
