@@ -168,6 +168,7 @@ class Camera:
                     continue
                 yield View(image, *times_and_ring)
             elif has_ended:
+                assert not self.is_live, 'the thread of the camera has failed, see its traceback'
                 return
 
     def _run(self):

@@ -101,9 +101,9 @@ def main(parameters):
     model = load_model(p.checkpoint, p.device)
     detector = Detector(model, 1, select_classes(model.label_map, p.classes, None), p.min_score,
                         p.max_overlap, VISUALIZATION['top_k'])
-    print_error(f'{name}: an alarm when any of {", ".join(sorted(detector.names))} is in the zone '
-                f'for {p.seconds:g} seconds. Nothing is tracked: that is someone, not the same '
-                f'one')
+    print_error(f'{name}: an alarm when {" or ".join(p.classes) or "an object of any class"} is in '
+                f'the zone for {p.seconds:g} seconds. There is no tracker: this means someone, not '
+                f'the same person')
     camera = Camera(p.source, p.timeout, p.fps, p.before + p.after + SLACK_SECONDS)
     watch = Watch(name, detector, zone, Occupation(p.seconds, p.gap, p.cooldown), alarms,
                   p.clips and pathlib.Path(p.clips), p.before, p.after)

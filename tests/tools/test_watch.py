@@ -179,7 +179,8 @@ def test_alarm_of_a_file(run_main, video, tmp_path):
         colors = [frame.to_image().getpixel((5, 5)) for frame in clip.decode(video=0)]
     n_blue = sum(blue > red for red, _, blue in colors)
     assert n_blue == pytest.approx(10, abs=5) and len(colors) == pytest.approx(45, abs=5)
-    assert 'someone, not the same one' in error and '120 frames' in error
+    assert 'when person is in the zone for 2 seconds' in error and 'not the same person' in error
+    assert '120 frames' in error
 
 
 def test_zone_and_class_without_anyone(run_main, video):
