@@ -41,7 +41,7 @@ class Worker:
         """
         self.name, self.pauses = name, RETRY_PAUSES if retry else ()
         self.waiting = queue.Queue(max_waiting)
-        self.in_a_hurry = threading.Event()
+        self.no_retries = threading.Event()
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
@@ -52,10 +52,10 @@ class Worker:
         except queue.Full:
             print_error(f'{self.name}: {self.waiting.maxsize} are waiting; this one is dropped')
 
-    def close(self, in_a_hurry):
-        """Wait until all are done; in a hurry, what fails is not tried again."""
-        if in_a_hurry:
-            self.in_a_hurry.set()
+    def close(self, is_interrupted):
+        """Wait until all are done; after an interruption, what fails is not tried again."""
+        if is_interrupted:
+            self.no_retries.set()
         self.waiting.put(None)
         self.thread.join()
 
@@ -68,7 +68,7 @@ class Worker:
                     break
                 except UserError as error:
                     print_error(f'{self.name}: {error}')
-                    if pause is None or self.in_a_hurry.wait(pause):
+                    if pause is None or self.no_retries.wait(pause):
                         break
 
 
@@ -87,7 +87,6 @@ class Alarms:
         """
         self.log, self.timeout = log, timeout
         self.functions = []     # (worker, function of the JSON)
-        self.is_interrupted = False
         if command is not None:
             arguments = split_command(command)
             self.functions.append((Worker('command', retry=True),
@@ -112,10 +111,10 @@ class Alarms:
         for worker, function in self.functions:
             worker.submit(function, text)
 
-    def close(self, in_a_hurry):
+    def close(self, is_interrupted):
         """Wait for the threads; see Worker.close()."""
         for worker, _ in self.functions:
-            worker.close(in_a_hurry)
+            worker.close(is_interrupted)
 
 
 def split_command(command):

@@ -254,7 +254,8 @@ class Watch:
         self.folder, self.before, self.after = folder, before, after
         self.clips = Worker('clip', MAX_WAITING_CLIPS)
         self.is_lost = False
-        self.n_frames, self.start, self.delay_sum, self.longest_delay = 0, None, 0., 0.
+        self.start = self.end = None    # of the detections
+        self.n_frames, self.delay_sum, self.longest_delay = 0, 0., 0.
 
     def handle(self, item):
         """Handle a View or a Lost of `Camera.read()`."""
@@ -270,7 +271,8 @@ class Watch:
         self.start = self.start or time.monotonic()
         prediction, = self.detector.predict([item.image])
         objects = select_in_zone(prediction, item.image.size, self.zone)
-        delay = time.monotonic() - item.arrival
+        self.end = time.monotonic()
+        delay = self.end - item.arrival
         self.n_frames, self.delay_sum = self.n_frames + 1, self.delay_sum + delay
         self.longest_delay = max(self.longest_delay, delay)
         if self.occupation.update(item.time, is_occupied=bool(objects['labels'])):
@@ -314,19 +316,19 @@ class Watch:
         stamp = utc_time(moment).isoformat(timespec='milliseconds')
         self.alarms.send({'event': event, 'time': stamp, 'source': self.name, **more})
 
-    def close(self, in_a_hurry):
+    def close(self, is_interrupted):
         """Wait for clips, commands and webhooks; see `Worker.close()`."""
-        self.clips.close(in_a_hurry)
-        self.alarms.close(in_a_hurry)
+        self.clips.close(is_interrupted)
+        self.alarms.close(is_interrupted)
 
     def statistics(self):
         """Return the number of frames, their rate and delay as a sentence."""
         if self.n_frames == 0:
             return f'{self.name}: no frame came'
-        seconds = time.monotonic() - self.start
+        seconds = self.end - self.start
         return (f'{self.name}: {self.n_frames} frames in {seconds:.1f} seconds, '
                 f'{self.n_frames / seconds:.2f} per second; from the arrival of a frame to its '
-                f'detections {1000 * self.delay_sum / max(1, self.n_frames):.0f} ms on average, '
+                f'detections {1000 * self.delay_sum / self.n_frames:.0f} ms on average, '
                 f'{1000 * self.longest_delay:.0f} ms at most')
 
 

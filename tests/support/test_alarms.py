@@ -58,7 +58,7 @@ def send_all(tmp_path, *events, **options):
     sender = Alarms(tmp_path / 'log.jsonl', options.get('command'), options.get('webhook'), 0.5)
     for event in events:
         sender.send(event)
-    sender.close(in_a_hurry=False)
+    sender.close(is_interrupted=False)
     return (tmp_path / 'log.jsonl').read_text().splitlines()
 
 
@@ -91,7 +91,7 @@ def test_webhook_that_never_answers_does_not_hold_up_others(tmp_path, webhook, c
     for _ in range(25):
         sender.send(EVENT)
     assert len((tmp_path / 'log.jsonl').read_text().splitlines()) == 25  # all at once
-    sender.close(in_a_hurry=True)
+    sender.close(is_interrupted=True)
     error = capsys.readouterr().err
     assert 'webhook: 127.0.0.1 cannot be reached (timed out)' in error
     assert 'webhook: 16 are waiting' in error   # bounded memory
@@ -144,14 +144,14 @@ def test_full_disk_is_a_line(capsys):
     assert '/dev/full cannot be written (No space left on device)' in capsys.readouterr().err
 
 
-def test_worker_in_a_hurry_tries_once(capsys):
+def test_interrupted_worker_tries_once(capsys):
     def fail():
         raise UserError('no')
 
     worker = Worker('test', retry=True)
     worker.pauses = (60, 60)
     worker.submit(fail)
-    worker.close(in_a_hurry=True)
+    worker.close(is_interrupted=True)
     assert capsys.readouterr().err == 'test: no\n'
 
 
