@@ -61,7 +61,7 @@ class Parameters:
 
     # A line of JSON per event is appended to this file, and printed.
     log: str = './watch.jsonl'
-    # Folder for a picture and a clip per alarm; none: neither is written.
+    # Folder for a snapshot and a clip per alarm; none: neither is written.
     clips: str | None = None
     # Seconds of the clip before and after the alarm.
     before: float = 5.
@@ -246,7 +246,7 @@ class Watch:
             name: of the source, without its password.
             detector: see detect.py.
             zone: polygon in fractions of the image.
-            folder: for pictures and clips, or None.
+            folder: for snapshots and clips, or None.
             before, after: seconds of a clip before and after the alarm.
         """
         self.name, self.detector, self.zone = name, detector, zone
@@ -279,12 +279,12 @@ class Watch:
             self.alarm(item, objects)
 
     def alarm(self, view, objects):
-        """Write the picture, request the clip, and send the event."""
+        """Save the snapshot, request the clip, and send the event."""
         counts = dict(collections.Counter(objects['labels']).most_common())
-        picture = clip = None
+        snapshot = clip = None
         if self.folder is not None:
             stem = f'{utc_time(view.arrival):%Y%m%dT%H%M%S.%fZ}'
-            picture = self.save_picture(view.image, objects, self.folder / f'{stem}.jpg')
+            snapshot = self.save_snapshot(view.image, objects, self.folder / f'{stem}.jpg')
             clip = self.folder / f'{stem}{view.ring.suffix}'
             view.ring.request(view.time - self.before, view.time + self.after,
                               lambda packets: self.clips.submit(
@@ -293,11 +293,11 @@ class Watch:
                   labels=objects['labels'],
                   scores=[round(score, 4) for score in objects['scores'].tolist()],
                   boxes=[[round(side, 1) for side in box] for box in objects['boxes'].tolist()],
-                  image_size=view.image.size, picture=picture and str(picture),
+                  image_size=view.image.size, snapshot=snapshot and str(snapshot),
                   clip=clip and str(clip),
                   video_time=None if view.is_live else round(view.time, 3))
 
-    def save_picture(self, image, objects, path):
+    def save_snapshot(self, image, objects, path):
         """Draw the zone and the objects, and save the image; returns its path, None if it cannot.
         """
         corners = [(x * image.width, y * image.height) for x, y in self.zone]
@@ -307,7 +307,7 @@ class Watch:
         try:
             save_image(image, path)
         except UserError as error:
-            print_error(f'picture: {error}')
+            print_error(f'snapshot: {error}')
             return None
         return path
 

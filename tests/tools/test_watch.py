@@ -171,8 +171,8 @@ def test_alarm_of_a_file(run_main, video, tmp_path):
     assert event['boxes'] == [pytest.approx([25.6, 9.6, 38.4, 43.2])]
     assert event['image_size'] == [64, 48] and event['video_time'] == pytest.approx(6, abs=0.01)
     assert json.loads((tmp_path / 'json').read_text()) == event
-    with Image.open(event['picture']) as picture:
-        assert picture.size == (64, 48) and picture.getpixel((32, 40))[0] > 200
+    with Image.open(event['snapshot']) as snapshot:
+        assert snapshot.size == (64, 48) and snapshot.getpixel((32, 40))[0] > 200
     with av.open(event['clip']) as clip:
         assert clip.duration / 1e6 == pytest.approx(4.5, abs=0.7)
         assert len(clip.streams.audio) == 1
@@ -188,7 +188,7 @@ def test_zone_and_class_without_anyone(run_main, video):
 
 
 def test_watch_goes_on_without_its_folder(run_main, video, tmp_path, monkeypatch):
-    """As with a full disk: the picture, the clip and the command are a line each."""
+    """As with a full disk: the snapshot, the clip and the command are a line each."""
     folder, send = tmp_path / 'clips', watch.Watch.handle
 
     def handle(self, item):
@@ -198,8 +198,8 @@ def test_watch_goes_on_without_its_folder(run_main, video, tmp_path, monkeypatch
 
     monkeypatch.setattr(watch.Watch, 'handle', handle)
     (event,), error = run_main(video, run='false')
-    assert event['event'] == 'alarm' and event['picture'] is None
-    assert 'picture: ' in error and 'clip: ' in error and '120 frames' in error
+    assert event['event'] == 'alarm' and event['snapshot'] is None
+    assert 'snapshot: ' in error and 'clip: ' in error and '120 frames' in error
     assert error.count('cannot be written') == 2
 
 
