@@ -65,24 +65,32 @@ class RingReader(VideoReader):
         """
         self.is_live = is_live(str(source)) or isinstance(source, int)
         self.timeout, self.seconds = timeout, seconds
-        self.size, self.ring = None, None
-        self.decoded_at = self.arrival = time.monotonic()
+        self.size, self.ring, self.file_time = None, None, 0.
         super().__init__(source, timeout)
 
     def _packets(self):
         """Yield the packets of the pictures; once they are decoded, all are in the ring."""
         self.ring = self._make_ring()
-        packet_time = 0.
+        self.decoded_at = time.monotonic()
         for packet in super()._packets():
-            self.arrival = time.monotonic()
-            if self.is_live:
-                packet_time = self.arrival
-            elif packet.dts is not None:
-                packet_time = float(packet.dts * packet.time_base - self.start)
+            packet_time = self._register(packet)
             yield packet
-            while self.audio_packets:
-                self.ring.add(self.audio_packets.popleft(), packet_time)
             self.ring.add(packet, packet_time)
+
+    def _store_audio(self, packet):
+        """Add a packet of sound to the ring."""
+        self.ring.add(packet, self._register(packet))
+
+    def _register(self, packet):
+        """Return the time of a packet that has just been received, on the clock of the ring."""
+        self.arrival = time.monotonic()
+        if self.is_live:
+            if self.arrival > self.decoded_at + self.timeout:
+                raise UserError(f'no frame could be decoded for {self.timeout:g} seconds')
+            return self.arrival
+        if packet.dts is not None:
+            self.file_time = float(packet.dts * packet.time_base - self.start)
+        return self.file_time
 
     def _make_ring(self):
         """Return an empty ring."""
@@ -99,8 +107,6 @@ class RingReader(VideoReader):
                 self.ring.close()
                 self.ring = self._make_ring()
             self.size = size
-        elif self.is_live and self.arrival > self.decoded_at + self.timeout:
-            raise UserError(f'no frame could be decoded for {self.timeout:g} seconds')
         return frames
 
     def _close(self):

@@ -170,7 +170,7 @@ class VideoReader:
                 if packet.stream.type == 'video':
                     yield packet
                 elif packet.dts is not None:  # the last packet of a stream is an empty one
-                    self.audio_packets.append(packet)
+                    self._store_audio(packet)
         except av.FFmpegError as error:
             self.problem = reason_of(error)
         # FFmpeg does not report a truncated file, but the headers of these two formats hold the
@@ -180,6 +180,10 @@ class VideoReader:
         has_duration = self.container.format.name.startswith(('matroska', 'mov'))
         if has_duration and all_read and end < min(0.95 * seconds, seconds - 0.5):
             self.problem = self.problem or f'it should last {seconds:.1f} s'
+
+    def _store_audio(self, packet):
+        """Store a packet of sound for the writer."""
+        self.audio_packets.append(packet)
 
     def _decode(self, packet):
         """Decode the intact frames of a packet, and count the others."""

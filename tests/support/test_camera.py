@@ -1,6 +1,7 @@
 """A camera: only its newest frame is looked at, and no stall, disconnection or garbage ends the
 watch."""
 
+import io
 import itertools
 import random
 import threading
@@ -146,6 +147,34 @@ def test_camera_without_a_frame_that_can_be_decoded_is_lost(make_camera, jpeg_pa
             send(jpeg_part('red'))
         while not is_closed.wait(0.02):
             send(empty)
+
+    items = read_until(make_camera(script, send_forever(jpeg_part('blue'))), is_color('blue'), 0.5)
+    problem, = [item.problem for item in items if isinstance(item, Lost)]
+    assert 'no frame could be decoded' in problem
+
+
+def test_camera_with_sound_but_without_frames_is_lost(make_camera, jpeg_part):
+    """Its sound continues, which must not fill the memory either."""
+    content = io.BytesIO()
+    with av.open(content, 'w', format='mpegts') as container:
+        stream = container.add_stream('mpeg2video', rate=25)
+        stream.width, stream.height = 64, 48
+        audio = container.add_stream('mp2', rate=48000, layout='stereo')
+        for i in range(5):
+            frame = av.VideoFrame(64, 48)
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for i in range(200):
+            samples = av.AudioFrame('s16', 'stereo', 1152)
+            samples.sample_rate, samples.pts = 48000, 1152 * i
+            container.mux(audio.encode(samples))
+
+    def script(send, is_closed):
+        data = content.getvalue()
+        for start in range(0, len(data), 188 * 5):
+            send(data[start:start + 188 * 5])
+            is_closed.wait(0.02)
 
     items = read_until(make_camera(script, send_forever(jpeg_part('blue'))), is_color('blue'), 0.5)
     problem, = [item.problem for item in items if isinstance(item, Lost)]
