@@ -8,6 +8,7 @@ import threading
 
 import av
 import pytest
+from PIL import Image
 
 from support import camera
 from support.camera import Camera, Lost
@@ -161,7 +162,7 @@ def test_camera_with_sound_but_without_frames_is_lost(make_camera, jpeg_part):
         stream.width, stream.height = 64, 48
         audio = container.add_stream('mp2', rate=48000, layout='stereo')
         for i in range(5):
-            frame = av.VideoFrame(64, 48)
+            frame = av.VideoFrame.from_image(Image.new('RGB', (64, 48), 'red'))
             frame.pts = i
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -176,7 +177,7 @@ def test_camera_with_sound_but_without_frames_is_lost(make_camera, jpeg_part):
             send(data[start:start + 188 * 5])
             is_closed.wait(0.02)
 
-    items = read_until(make_camera(script, send_forever(jpeg_part('blue'))), is_color('blue'), 0.5)
+    items = read_until(make_camera(script, send_forever(jpeg_part('blue'))), is_color('blue'), 1.)
     problem, = [item.problem for item in items if isinstance(item, Lost)]
     assert 'no frame could be decoded' in problem
 
