@@ -63,8 +63,9 @@ class Parameters:
     log: str = './watch.jsonl'
     # Folder for a snapshot and a clip per alarm; none: neither is written.
     clips: str | None = None
-    # Seconds of the clip before and after the alarm.
+    # Seconds of the clip before the alarm, at least: it begins at a key frame.
     before: float = 5.
+    # Seconds of the clip after the alarm.
     after: float = 10.
     # A command line, run without a shell, with the JSON on its standard input.
     run: str | None = None
