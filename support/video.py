@@ -11,6 +11,7 @@ Frames are read one by one, so a video of any length needs the memory of a few f
 import collections
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import platform
 from fractions import Fraction
@@ -54,10 +55,15 @@ LIMITED_RANGE = 1       # FFmpeg's number of the range 16 to 235, which all play
 class Frame:
     """A frame of a video."""
 
-    image: Image.Image      # RGB, upright
+    decoded: av.VideoFrame
     number: int             # from 0; broken frames are not counted
     time: float             # seconds from the start of the video
     duration: float         # seconds, 0 if unknown
+
+    @functools.cached_property
+    def image(self):
+        """The frame as a PIL image, RGB and upright."""
+        return upright_image(self.decoded)
 
 
 class VideoReader:
@@ -83,20 +89,20 @@ class VideoReader:
             UserError: no such input, or it has no frame that can be decoded.
         """
         self.n_broken, self.problem, self.audio_packets = 0, None, collections.deque()
+        self.container, self.frames = None, None
         name, input_format, options = open_arguments(source)
         try:
             self._open(name, input_format, options, timeout if is_stream(source) else None)
         except AV_ERRORS as error:
+            self._close()
             problem = f'camera {name} cannot be opened' if input_format else 'cannot be read'
             raise UserError(f'{problem} ({reason_of(error)})') from error
         except IndexError as error:
+            self._close()
             raise UserError('cannot be read (no picture in it)') from error
         if self.first is None:
-            self.container.close()
+            self._close()
             raise UserError('cannot be read (none of its frames can be decoded)')
-        width, height = self.first.image.size
-        self.is_rotated = (width, height) == (self.stream.height, self.stream.width) != (
-            height, width)
 
     def _open(self, name, input_format, options, timeout):
         """Open the input and decode its first frame."""
@@ -109,7 +115,8 @@ class VideoReader:
             raise ValueError(f'{self.stream.width} x {self.stream.height} pixels; scale it down to '
                              f'8192 x 4352 or fewer')
         self.stream.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # a frame may change
-        self.stream.thread_type = 'AUTO'
+        # Threads that decode a frame each are faster, but delay the frames of a live source.
+        self.stream.thread_type = 'SLICE' if input_format or timeout else 'AUTO'
         self.audio_streams = list(self.container.streams.audio)
         self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
         # A camera's clock starts with the machine.
@@ -118,6 +125,10 @@ class VideoReader:
             (self.container.duration or 0) / av.time_base * self.rate) or None
         self.frames = self._read()
         self.first = next(self.frames, None)
+        if self.first is not None:
+            width, height = self.first.image.size
+            self.is_rotated = (width, height) == (self.stream.height, self.stream.width) != (
+                height, width)
 
     def __iter__(self):
         yield self.first
@@ -127,8 +138,12 @@ class VideoReader:
         return self
 
     def __exit__(self, *error):
-        self.frames.close()
-        self.container.close()
+        self._close()
+
+    def _close(self):
+        """Close what has been opened."""
+        for opened in filter(None, (self.frames, self.container)):
+            opened.close()
 
     def _read(self):
         """Yield frames, and store packets of sound."""
@@ -142,7 +157,7 @@ class VideoReader:
                     time = decoded.pts * decoded.time_base - self.start
                 previous_time = time
                 duration = float((decoded.duration or 0) * decoded.time_base)
-                yield Frame(upright_image(decoded), number, float(time), duration)
+                yield Frame(decoded, number, float(time), duration)
                 number += 1
 
     def _packets(self):
@@ -155,7 +170,7 @@ class VideoReader:
                 if packet.stream.type == 'video':
                     yield packet
                 elif packet.dts is not None:  # the last packet of a stream is an empty one
-                    self.audio_packets.append(packet)
+                    self._store_audio(packet)
         except av.FFmpegError as error:
             self.problem = reason_of(error)
         # FFmpeg does not report a truncated file, but the headers of these two formats hold the
@@ -165,6 +180,10 @@ class VideoReader:
         has_duration = self.container.format.name.startswith(('matroska', 'mov'))
         if has_duration and all_read and end < min(0.95 * seconds, seconds - 0.5):
             self.problem = self.problem or f'it should last {seconds:.1f} s'
+
+    def _store_audio(self, packet):
+        """Store a packet of sound for the writer."""
+        self.audio_packets.append(packet)
 
     def _decode(self, packet):
         """Decode the intact frames of a packet, and count the others."""

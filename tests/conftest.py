@@ -1,5 +1,10 @@
 """Fixtures that several test files use."""
 
+import contextlib
+import functools
+import http.server
+import io
+import itertools
 import os
 import pathlib
 import threading
@@ -133,3 +138,57 @@ def record_waits():
     Code of the block that runs in other threads is not recorded.
     """
     return WaitRecorder
+
+
+# --------------------------------------------------------------------------------------------------
+# A camera
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_camera():
+    """Return a function that starts a motion JPEG server and returns its URL.
+
+    `make_camera(first, second)` calls `first(send, is_closed)` for the first connection and
+    `second` for each later one: `send(bytes)` sends a part of the stream, and the connection is
+    closed when the function returns. The event `is_closed` is set when the test ends.
+    """
+    is_closed, servers = threading.Event(), []
+
+    def make(*scripts):
+        n_connections = itertools.count()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header('Content-Type', 'multipart/x-mixed-replace; boundary=frame')
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the client has left
+                    script = scripts[min(next(n_connections), len(scripts) - 1)]
+                    script(self.wfile.write, is_closed)
+
+            def log_message(self, *args):
+                """Print nothing."""
+
+        servers.append(http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f'http://127.0.0.1:{servers[-1].server_port}/video'
+
+    yield make
+    is_closed.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope='session')
+def jpeg_part():
+    """Return a function that makes a part of a motion JPEG stream: an image of one color."""
+    @functools.cache
+    def make(color, size=(64, 48)):
+        buffer = io.BytesIO()
+        Image.new('RGB', size, color).save(buffer, 'JPEG')
+        content = buffer.getvalue()
+        return (f'--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(content)}\r\n\r\n'
+                .encode() + content + b'\r\n')
+    return make

@@ -1,0 +1,257 @@
+"""The watch: its rule with literal numbers, and main() with a file and with a camera over HTTP.
+
+In place of a network, whoever is red in the middle of the picture is a person.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from support import alarms, camera
+from support.errors import UserError
+from tools import watch
+from tools.watch import (
+    Occupation,
+    Parameters,
+    describe,
+    is_inside,
+    parse_zone,
+    select_in_zone,
+)
+
+
+class RedDetector:
+    """In place of a Detector: a red image has a person, whose feet are at (0.5, 0.9)."""
+
+    def __init__(self, model, batch_size, names, min_score, max_overlap, top_k):
+        self.names, self.colors = names, {'person': '#ff0000', 'dog': '#0000ff'}
+
+    def predict(self, images):
+        """Return the prediction of one image."""
+        (image,), (width, height) = images, images[0].size
+        red, green, _ = image.getpixel((width // 2, height // 2))
+        n = int(red > 200 and green < 100)
+        boxes = torch.tensor([[0.4 * width, 0.2 * height, 0.6 * width, 0.9 * height]])
+        return [{'boxes': boxes[:n],
+                 'labels': ['person'] * n, 'scores': torch.tensor([0.875])[:n]}]
+
+
+class Model:
+    label_map = {'person': 1, 'dog': 2, 'background': 0}
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch, capsys):
+    """Return a function that runs main() and returns the events and standard error."""
+    monkeypatch.setattr(watch, 'load_model', lambda path, device: Model)
+    monkeypatch.setattr(watch, 'Detector', RedDetector)
+    monkeypatch.setattr(camera, 'FIRST_PAUSE', 0.05)
+    monkeypatch.setattr(alarms, 'RETRY_PAUSES', (0, 0))
+    (tmp_path / 'log.jsonl').touch()
+
+    def run(source, **options):
+        defaults = {'log': str(tmp_path / 'log.jsonl'), 'clips': str(tmp_path / 'clips'),
+                    'classes': ('person',)}
+        watch.main(Parameters(str(source), **(defaults | options)))
+        captured = capsys.readouterr()
+        assert (tmp_path / 'log.jsonl').read_text() == captured.out
+        return [json.loads(line) for line in captured.out.splitlines()], captured.err
+    return run
+
+
+# --------------------------------------------------------------------------------------------------
+# The rule
+# --------------------------------------------------------------------------------------------------
+
+
+def alarm_times(occupied, seconds=3, gap=1, cooldown=10, step=0.5, end=60):
+    """Return the times of the alarms, if the zone is occupied in these intervals of time."""
+    rule = Occupation(seconds, gap, cooldown)
+    times = [step * i for i in range(int(end / step))]
+    return [now for now in times
+            if rule.update(now, any(start <= now < stop for start, stop in occupied))]
+
+
+@pytest.mark.parametrize('occupied, expected', [
+    ([], []),
+    ([(1, 4)], []),                         # too short
+    ([(1, 4.5)], [4]),
+    ([(1, 60)], [4]),                       # one alarm per occupation
+    ([(1, 3), (4, 6)], [4]),                # a gap of 1 s
+    ([(1, 3), (4.5, 7)], []),               # a longer one
+    ([(1, 3), (4.5, 8)], [7.5]),
+    ([(1, 5), (20, 25)], [4, 23]),          # two occupations
+    ([(1, 5), (8, 11.5)], [4]),             # the second one within the cool-down
+    ([(1, 5), (8, 30)], [4, 14]),           # and beyond it
+    ([(1, 3), (10, 14)], [13]),             # without an alarm there is no cool-down
+])
+def test_alarms_of_an_occupied_zone(occupied, expected):
+    assert alarm_times(occupied) == expected
+
+
+def test_rule_does_not_depend_on_the_frame_rate():
+    """Two seconds per frame are more than the gap, and yet no absence."""
+    assert alarm_times([(1, 30)], step=2) == [6]
+    assert alarm_times([(1, 30)], step=1 / 64) == [4]
+    assert alarm_times([(5, 6)], seconds=0) == [5]
+
+
+def test_point_in_a_polygon():
+    concave = [(0., 0.), (1., 0.), (1., 1.), (0.5, 0.5), (0., 1.)]
+    assert is_inside(0.1, 0.5, concave) and is_inside(0.5, 0.4, concave)
+    assert not is_inside(0.5, 0.8, concave) and not is_inside(1.2, 0.5, concave)
+
+
+def test_bottom_center_of_a_box_decides():
+    prediction = {'boxes': torch.tensor([[0., 0., 20., 40.], [30., 0., 50., 100.],
+                                         [150., 90., 250., 100.]]),
+                  'labels': ['dog', 'person', 'person'], 'scores': torch.tensor([.9, .8, .7])}
+    zone = parse_zone(('0.1,0.5', '0.9,0.5', '0.9,1', '0.1,1.0'))
+    objects = select_in_zone(prediction, (200, 100), zone)
+    # At (40, 100), on the lower border of the image; the dog is above the zone, the other person's
+    # center on its right border.
+    assert objects['labels'] == ['person'] and objects['boxes'].tolist() == [[30, 0, 50, 100]]
+    assert objects['scores'].tolist() == pytest.approx([.8])
+    everything = select_in_zone(prediction, (200, 100), parse_zone(()))
+    assert everything['labels'] == ['dog', 'person', 'person']
+
+
+@pytest.mark.parametrize('corners', [('0.1,0.1', '0.9,0.9'), ('0,0', '1,1', '0.5,0.5'),
+                                     ('0,0', '1,0', '1,2'), ('0,0', '1,0', 'nan,1'),
+                                     ('0,0', '1,0', '1'), ('a,b', '1,0', '1,1')])
+def test_invalid_zone_is_user_error(corners):
+    with pytest.raises(UserError, match='--zone'):
+        parse_zone(corners)
+
+
+def test_sentence():
+    assert describe({'person': 2, 'dog': 1}) == '2 persons, 1 dog'
+    assert describe({'bus': 2, 'sheep': 3, 'bench': 2}) == '2 buses, 3 sheep, 2 benches'
+
+
+# --------------------------------------------------------------------------------------------------
+# main()
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def video(tmp_path):
+    """Return the path of a video of 12 seconds, red from second 4 to 8, with sound."""
+    path = tmp_path / 'a.mp4'
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=10, options={'g': '10'})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
+        audio = container.add_stream('aac', rate=16000)
+        for i in range(120):
+            color = 'red' if 40 <= i < 80 else 'blue'
+            container.mux(stream.encode(av.VideoFrame.from_image(
+                Image.new('RGB', (64, 48), color))))
+        container.mux(stream.encode())
+        for i in range(187):
+            samples = av.AudioFrame.from_ndarray(torch.zeros(1, 1024).numpy(), 'fltp', 'mono')
+            samples.sample_rate, samples.pts = 16000, 1024 * i
+            container.mux(audio.encode(samples))
+        container.mux(audio.encode())
+    return path
+
+
+def test_alarm_of_a_file(run_main, video, tmp_path):
+    (event,), error = run_main(video, seconds=2., before=3., after=1.5,
+                               run=f"sh -c 'cat > {tmp_path}/json'")
+    assert (event['event'], event['seen'], event['counts']) == ('alarm', '1 person', {'person': 1})
+    assert event['source'] == str(video) and event['time'].endswith('+00:00')
+    assert event['labels'] == ['person'] and event['scores'] == [0.875]
+    assert event['boxes'] == [pytest.approx([25.6, 9.6, 38.4, 43.2])]
+    assert event['image_size'] == [64, 48] and event['video_time'] == pytest.approx(6, abs=0.01)
+    assert json.loads((tmp_path / 'json').read_text()) == event
+    with Image.open(event['snapshot']) as snapshot:
+        assert snapshot.size == (64, 48) and snapshot.getpixel((32, 40))[0] > 200
+    with av.open(event['clip']) as clip:
+        assert clip.duration / 1e6 == pytest.approx(4.5, abs=0.7)
+        assert len(clip.streams.audio) == 1
+        colors = [frame.to_image().getpixel((5, 5)) for frame in clip.decode(video=0)]
+    n_blue = sum(blue > red for red, _, blue in colors)
+    assert n_blue == pytest.approx(10, abs=5) and len(colors) == pytest.approx(45, abs=5)
+    assert 'when person is in the zone for 2 seconds' in error and 'not the same person' in error
+    assert '120 frames' in error
+
+
+def test_zone_and_class_without_anyone(run_main, video):
+    assert run_main(video, zone=('0,0', '1,0', '1,0.5', '0,0.5'))[0] == []
+
+
+def test_watch_goes_on_without_its_folder(run_main, video, tmp_path, monkeypatch):
+    """As with a full disk: the snapshot, the clip and the command are a line each."""
+    folder, send = tmp_path / 'clips', watch.Watch.handle
+
+    def handle(self, item):
+        if folder.exists():
+            folder.rmdir()
+        send(self, item)
+
+    monkeypatch.setattr(watch.Watch, 'handle', handle)
+    (event,), error = run_main(video, run='false')
+    assert event['event'] == 'alarm' and event['snapshot'] is None
+    assert 'snapshot: ' in error and 'clip: ' in error and '120 frames' in error
+    assert error.count('cannot be written') == 2
+
+
+def test_camera_is_lost_and_back_and_sigterm_ends_the_watch(
+        run_main, make_camera, jpeg_part, tmp_path):
+    """The person stands there before the camera is lost and after: for a second occupation."""
+    def first(send, is_closed):
+        for _ in range(20):
+            send(jpeg_part('red'))
+            is_closed.wait(0.03)
+
+    def second(send, is_closed):
+        while not is_closed.wait(0.03):
+            send(jpeg_part('red', (96, 72)))
+            if (tmp_path / 'log.jsonl').read_text().count('"alarm"') == 2:
+                time.sleep(0.1)
+                os.kill(os.getpid(), signal.SIGTERM)
+                break
+        is_closed.wait(10)
+
+    events, error = run_main(make_camera(first, second), seconds=0.2, gap=0., cooldown=0.,
+                             before=60., after=60., timeout=5.)
+    assert [event['event'] for event in events] == ['alarm', 'camera lost', 'camera back', 'alarm']
+    assert events[1]['reason'] and 'frames in' in error
+    # The first clip ends with the connection, the second one with the watch.
+    for event, size in zip((events[0], events[3]), (64, 96)):
+        with av.open(event['clip']) as clip:
+            assert clip.streams.video[0].width == size
+            assert sum(not frame.is_corrupt for frame in clip.decode(video=0)) > 3
+
+
+def test_password_is_neither_printed_nor_written(run_main, tmp_path):
+    """The camera refuses the connection."""
+    def stop():
+        while '"camera lost"' not in (tmp_path / 'log.jsonl').read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    (event,), error = run_main('rtsp://admin:secret@127.0.0.1:9/live')
+    assert event['source'] == 'rtsp://127.0.0.1:9/live' and 'refused' in event['reason']
+    assert 'secret' not in error + json.dumps(event)
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'source': 'missing.mp4'}, 'missing.mp4 is no file'),
+    ({'seconds': -1.}, 'seconds is -1'), ({'fps': 0.}, 'fps is 0'),
+    ({'classes': ('cat',)}, 'no class is named cat; the model has person, dog'),
+    ({'run': 'no-such-program'}, 'no such program'), ({'webhook': 'ftp://x'}, '--webhook ftp://x'),
+])
+def test_invalid_parameters_are_user_errors(run_main, video, options, message, capsys):
+    with pytest.raises(SystemExit):
+        run_main(options.pop('source', video), **options)
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
