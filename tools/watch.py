@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import time
+from typing import Literal
 
 import tyro
 from PIL import ImageDraw
@@ -26,6 +27,7 @@ from support.clips import write_clip
 from support.drawing import draw_objects
 from support.errors import UserError, check_at_least, exit_on_user_error, make_folder
 from support.images import is_camera, is_live, print_error, save_image
+from support.onnx_network import check_parameters as check_onnx_parameters
 from support.processes import stop_on_signal
 
 # Clips that may wait for a slow disk: each may hold as much as the ring.
@@ -89,6 +91,8 @@ class Parameters:
     max_overlap: float = VISUALIZATION['max_overlap']
     # cpu, cuda, cuda:1, ...; auto is the GPU if there is one.
     device: str = 'auto'
+    # See detect.py.
+    precision: Literal['auto', 'bf16', 'fp16', 'float32'] = 'auto'
 
 
 @exit_on_user_error
@@ -99,9 +103,10 @@ def main(parameters):
     check_parameters(p)
     name = f'camera {p.source}' if is_camera(p.source) else redact(p.source)
     alarms = Alarms(p.log, p.run, p.webhook, p.alarm_timeout)
+    check_onnx_parameters(p.checkpoint, p.device, p.precision)
     model = load_model(p.checkpoint, p.device)
     detector = Detector(model, 1, select_classes(model.label_map, p.classes, None), p.min_score,
-                        p.max_overlap, VISUALIZATION['top_k'])
+                        p.max_overlap, VISUALIZATION['top_k'], p.precision)
     print_error(f'{name}: an alarm when {" or ".join(p.classes) or "an object of any class"} is in '
                 f'the zone for {p.seconds:g} seconds. There is no tracker: this means someone, not '
                 f'the same person')
@@ -335,7 +340,7 @@ class Watch:
 
 def utc_time(moment):
     """Return a time.monotonic() as a datetime in UTC."""
-    return datetime.datetime.now(datetime.UTC) - datetime.timedelta(
+    return datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(
         seconds=time.monotonic() - moment)
 
 

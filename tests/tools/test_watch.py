@@ -30,7 +30,7 @@ from tools.watch import (
 class RedDetector:
     """In place of a Detector: a red image has a person, whose feet are at (0.5, 0.9)."""
 
-    def __init__(self, model, batch_size, names, min_score, max_overlap, top_k):
+    def __init__(self, model, batch_size, names, min_score, max_overlap, top_k, precision):
         self.names, self.colors = names, {'person': '#ff0000', 'dog': '#0000ff'}
 
     def predict(self, images):
