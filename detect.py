@@ -49,6 +49,7 @@ from support.images import (
     print_error,
     print_line,
     read_batches,
+    redact,
     save_image,
 )
 from support.onnx_network import OnnxNetwork, check_parameters, is_onnx
@@ -345,32 +346,33 @@ def annotate_video(path, output, detector, add_to_report, stopped):
         The number of inputs that could not be read in full, 0 or 1.
     """
     source = int(path) if is_camera(path) else path
+    name = redact(str(path))
     try:
         with (VideoReader(source) as reader, atomic_write(output) as temporary,
               VideoWriter(temporary, reader) as writer):
-            n_frames = annotate_frames(path, reader, writer, detector, add_to_report, stopped)
+            n_frames = annotate_frames(name, reader, writer, detector, add_to_report, stopped)
     except UserError as error:
-        print_error(f'{path}: {error}; skipped')
+        print_error(f'{name}: {error}; skipped')
         return 1
-    print_line(f'{path} -> {output}, {n_frames} frames{", " + writer.note if writer.note else ""}')
+    print_line(f'{name} -> {output}, {n_frames} frames{", " + writer.note if writer.note else ""}')
     if reader.n_broken:
-        print_error(f'{path}: {reader.n_broken} frames are broken; skipped')
+        print_error(f'{name}: {reader.n_broken} frames are broken; skipped')
     if reader.problem:
-        print_error(f'{path}: cannot be read to its end ({reader.problem}); ends after {n_frames} '
+        print_error(f'{name}: cannot be read to its end ({reader.problem}); ends after {n_frames} '
                     f'frames')
     return int(bool(reader.n_broken or reader.problem))
 
 
-def annotate_frames(path, reader, writer, detector, add_to_report, stopped):
+def annotate_frames(name, reader, writer, detector, add_to_report, stopped):
     """Annotate the frames of a reader and write them; returns their number."""
     # Live frames are written as they come, without waiting for a full batch.
-    batch_size = 1 if is_live(path) else detector.batch_size
+    batch_size = 1 if is_live(name) else detector.batch_size
     n_frames = 0
-    with tqdm(total=reader.n_frames, unit='frame', desc=str(path)) as progress:
+    with tqdm(total=reader.n_frames, unit='frame', desc=name) as progress:
         for frames in in_batches(reader, batch_size, lambda frame: frame.image.size):
             predictions = detector.predict([frame.image for frame in frames])
             for frame, prediction in zip(frames, predictions):
-                add_to_report(path, prediction, frame=frame.number, time=round(frame.time, 6))
+                add_to_report(name, prediction, frame=frame.number, time=round(frame.time, 6))
                 draw_objects(frame.image, prediction, detector.colors)
                 writer.write(frame)
             n_frames += len(frames)

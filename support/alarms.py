@@ -17,7 +17,7 @@ import urllib.parse
 import urllib.request
 
 from support.errors import UserError
-from support.images import print_error
+from support.images import print_error, redact
 
 # Seconds before the second and the third try.
 RETRY_PAUSES = (1, 5)
@@ -185,13 +185,3 @@ def post_json(url, text, timeout):
         raise UserError(f'{host} answered {error.code} {error.reason}') from error
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f'{host} cannot be reached ({getattr(error, "reason", error)})') from error
-
-
-def redact(source):
-    """Return a URL without user, password, query and all that may hold them; other names as is."""
-    scheme, separator, rest = source.partition('://')
-    if not separator:
-        return source
-    # A password may hold any character: what is after the last @ cannot be part of it.
-    host, *folders = rest.rpartition('@')[2].partition('?')[0].partition('#')[0].split('/')
-    return '/'.join([f'{scheme}://{host}', *(name for name in folders if '=' not in name)])

@@ -67,6 +67,16 @@ def is_stream(name):
     return str(name).startswith(STREAM_PREFIXES)
 
 
+def redact(source):
+    """Return a URL without user, password, query and all that may hold them; other names as is."""
+    scheme, separator, rest = source.partition('://')
+    if not separator:
+        return source
+    # A password may hold any character: what is after the last @ cannot be part of it.
+    host, *folders = rest.rpartition('@')[2].partition('?')[0].partition('#')[0].split('/')
+    return '/'.join([f'{scheme}://{host}', *(name for name in folders if '=' not in name)])
+
+
 def is_live(name):
     """Return whether an input is a camera or a network stream, whose frames are handled one by one.
     """

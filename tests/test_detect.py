@@ -404,3 +404,9 @@ def test_broken_inputs_are_skipped(real_checkpoint, tmp_path, capsys, monkeypatc
     error = capsys.readouterr().err
     assert 'broken.jpg: cannot be read' in error and 'missing.jpg: cannot be read' in error
     assert '2 of 3 inputs could not be read' in error
+
+
+def test_password_of_a_stream_is_not_printed(run, capsys):
+    assert run('http://admin:secret@127.0.0.1:9/video?pwd=secret', json='found.json') == 1
+    error = capsys.readouterr().err
+    assert 'http://127.0.0.1:9/video: cannot be read' in error and 'secret' not in error

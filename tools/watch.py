@@ -21,12 +21,12 @@ from PIL import ImageDraw
 
 from detect import Detector, load_model, select_classes
 from model import VISUALIZATION
-from support.alarms import Alarms, Worker, redact
+from support.alarms import Alarms, Worker
 from support.camera import Camera, Lost
 from support.clips import write_clip
 from support.drawing import draw_objects
 from support.errors import UserError, check_at_least, exit_on_user_error, make_folder
-from support.images import is_camera, is_live, print_error, save_image
+from support.images import is_camera, is_live, print_error, redact, save_image
 from support.onnx_network import check_parameters as check_onnx_parameters
 from support.processes import stop_on_signal
 

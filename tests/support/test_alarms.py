@@ -9,7 +9,7 @@ import time
 import pytest
 
 from support import alarms
-from support.alarms import Alarms, Worker, post_json, redact, run_command, split_command
+from support.alarms import Alarms, Worker, post_json, run_command, split_command
 from support.errors import UserError
 
 EVENT = {'event': 'alarm', 'seen': '2 persons, 1 dog'}
@@ -167,13 +167,3 @@ def test_invalid_options_are_user_errors(options):
 
 def test_command_line_is_split_without_a_shell():
     assert split_command("sh -c 'echo $HOME' \"a b\"") == ['sh', '-c', 'echo $HOME', 'a b']
-
-
-@pytest.mark.parametrize('source, name', [
-    ('rtsp://admin:secret@192.168.1.5:554/stream1', 'rtsp://192.168.1.5:554/stream1'),
-    ('rtsp://admin:se@cr#e/t?@camera/stream', 'rtsp://camera/stream'),
-    ('http://camera/video?user=admin&pwd=secret#secret', 'http://camera/video'),
-    ('rtsp://camera/user=admin_password=secret_channel=1/live', 'rtsp://camera/live'),
-    ('http://camera', 'http://camera'), ('clips/a.mp4', 'clips/a.mp4'), ('0', '0')])
-def test_password_is_removed_from_a_url(source, name):
-    assert redact(source) == name

@@ -21,6 +21,7 @@ from support.images import (
     make_upright,
     print_line,
     read_batches,
+    redact,
     save_image,
     try_read_image,
 )
@@ -155,3 +156,13 @@ def test_image_that_its_format_cannot_hold_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match='wide.webp cannot be written.*another suffix'):
         save_image(Image.new('RGB', (17_000, 2)), tmp_path / 'wide.webp')
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('source, name', [
+    ('rtsp://admin:secret@192.168.1.5:554/stream1', 'rtsp://192.168.1.5:554/stream1'),
+    ('rtsp://admin:se@cr#e/t?@camera/stream', 'rtsp://camera/stream'),
+    ('http://camera/video?user=admin&pwd=secret#secret', 'http://camera/video'),
+    ('rtsp://camera/user=admin_password=secret_channel=1/live', 'rtsp://camera/live'),
+    ('http://camera', 'http://camera'), ('clips/a.mp4', 'clips/a.mp4'), ('0', '0')])
+def test_password_is_removed_from_a_url(source, name):
+    assert redact(source) == name
