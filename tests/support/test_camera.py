@@ -151,7 +151,8 @@ def test_camera_without_a_frame_that_can_be_decoded_is_lost(make_camera, jpeg_pa
 
     items = read_until(make_camera(script, send_forever(jpeg_part('blue'))), is_color('blue'), 0.5)
     problem, = [item.problem for item in items if isinstance(item, Lost)]
-    assert 'no frame could be decoded' in problem
+    # The second, if this computer is too busy to send the sound in time.
+    assert 'no frame could be decoded' in problem or 'no data came in time' in problem
 
 
 def test_camera_with_sound_but_without_frames_is_lost(make_camera, jpeg_part):
@@ -179,7 +180,8 @@ def test_camera_with_sound_but_without_frames_is_lost(make_camera, jpeg_part):
 
     items = read_until(make_camera(script, send_forever(jpeg_part('blue'))), is_color('blue'), 1.)
     problem, = [item.problem for item in items if isinstance(item, Lost)]
-    assert 'no frame could be decoded' in problem
+    # The second, if this computer is too busy to send the sound in time.
+    assert 'no frame could be decoded' in problem or 'no data came in time' in problem
 
 
 def test_new_size_begins_a_new_ring(make_camera, jpeg_part):
