@@ -12,6 +12,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.patheffects import Stroke, withStroke
 from PIL import Image, ImageColor
 
+from support.drawing import place_labels
 from support.errors import atomic_write
 
 WIDTH, DPI = 8, 110
@@ -101,17 +102,12 @@ def draw_box(axes, box, color, width=3., **options):
     axes.add_patch(patch)
 
 
-def write_on_image(axes, x, y, text, **options):
-    """Write white text with a dark rim at a point of an image."""
-    axes.text(x, y, text, color='white', path_effects=[withStroke(linewidth=4, foreground=RIM)],
-              **options)
-
-
-def label_box(axes, box, text, below=False):
-    """Write a label above or below a box (4,), so that it does not cover the object."""
-    x_min, y_min, x_max, y_max = (float(corner) for corner in box)
-    write_on_image(axes, (x_min + x_max) / 2, y_max + 0.02 if below else y_min - 0.02, text,
-                   ha='center', va='top' if below else 'bottom')
+def label_boxes(axes, boxes, texts):
+    """Write the labels of boxes (n, 4) of an image, where they cover little of boxes and labels."""
+    sizes = [(0.035 * len(text), 0.07) for text in texts]   # half of the page has such an image
+    for (x, y), text in zip(place_labels(boxes, sizes, (1, 1)), texts):
+        axes.text(x, y + 0.035, text, color='white', fontsize=15, va='center',
+                  path_effects=[withStroke(linewidth=4, foreground=RIM)])
 
 
 def draw_arrow(axes, begin, end, color, **options):

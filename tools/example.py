@@ -1,4 +1,4 @@
-"""The example that the tutorial follows from its objects to its detections: demo/shapes' 001030.jpg.
+"""The image that the tutorial follows from its objects to its detections: 001030.jpg of the demo.
 
     python -m tools.example demo/early.pth.tar demo/checkpoint.pth.tar
 
@@ -17,7 +17,7 @@ import torch
 import tyro
 from PIL import Image
 
-from model import VISUALIZATION, SSD300, MultiBoxLoss, create_prior_boxes, hard_negatives
+from model import SSD300, VISUALIZATION, MultiBoxLoss, create_prior_boxes, hard_negatives
 from support.checkpoints import load_checkpoint
 from support.errors import atomic_write, exit_on_user_error
 from tools.shapes import OUTLINES, draw_image
@@ -100,6 +100,16 @@ def load_example():
     return transform(image, *to_tensors(objects), 'TEST')
 
 
+def read_output(name):
+    """Read a network's part of the file: iteration, rows and their numbers."""
+    return json.loads(PATH.read_text(encoding='utf-8'))[name]
+
+
+def count_iterations(name):
+    """Return the number of iterations that a network, 'early' or 'trained', was trained for."""
+    return read_output(name)['iteration']
+
+
 def load_output(name):
     """Return what a network predicts for the example: locs (1, P, 4) and scores (1, P, C).
 
@@ -108,7 +118,7 @@ def load_output(name):
     Args:
         name: 'early' or 'trained'.
     """
-    output = json.loads(PATH.read_text(encoding='utf-8'))[name]
+    output = read_output(name)
     numbers = torch.zeros(len(create_prior_boxes()), 4 + len(LABEL_MAP))
     numbers[:, 4] = BACKGROUND
     numbers[output['rows']] = torch.tensor(output['numbers'])

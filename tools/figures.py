@@ -38,7 +38,6 @@ from tools.canvas import (
     LIGHT,
     ORANGE,
     OVERLAYS,
-    RED,
     RIM,
     SKY,
     create_canvas,
@@ -46,13 +45,14 @@ from tools.canvas import (
     draw_arrow,
     draw_box,
     draw_grid,
-    label_box,
+    label_boxes,
     page_style,
     save,
     show,
 )
 from tools.example import (
     LABEL_MAP,
+    count_iterations,
     draw_example,
     find_hard,
     load_example,
@@ -148,19 +148,21 @@ def detect_in_example(max_overlap):
 def draw_detections(axes, boxes, labels, scores):
     """Draw the detections in the example, with class and score."""
     show_example(axes)
-    for box, label, score in zip(boxes, labels, scores):
+    for box, label in zip(boxes, labels):
         draw_box(axes, box, OVERLAYS[label])
-        label_box(axes, box, f'{NAMES[label]} {score:.2f}')
-
+    label_boxes(axes, boxes, [f'{NAMES[label]} {score:.2f}' for label, score in zip(labels, scores)])
+    texts = [f'{NAMES[label]} {score:.2f}' for label, score in zip(labels, scores)]
+    label_boxes(axes, boxes, texts)
 
 def draw_example_picture(colors):
     """Draw the objects of the example, and what the trained network detects in it."""
     figure, (left, right) = create_figure(4.5, 1, 2)
     _, boxes, labels, difficulties = load_example()
     show_example(left)
-    for box, label, difficult in zip(boxes, labels, difficulties):
+    for box in boxes:
         draw_box(left, box, 'white')
-        label_box(left, box, NAMES[label] + difficult * ', difficult', below=bool(difficult))
+    label_boxes(left, boxes, [NAMES[label] + difficult * ', difficult'
+                              for label, difficult in zip(labels, difficulties)])
     left.set_title(f'ground truth: {len(boxes)} objects')
     detections = detect_in_example(VISUALIZATION['max_overlap'])
     draw_detections(right, *detections)
@@ -179,9 +181,9 @@ def feature_map_shapes():
 
 def draw_network(colors):
     """Draw the image, the six feature maps, the prediction convolutions, and their two outputs."""
-    figure, axes = create_canvas(10)
-    for x, text in ((4.5, 'filters\n3 × 3'), (6.05, 'locs'), (7.25, 'scores')):
-        axes.text(x, 1.45, text, ha='center', va='bottom', weight='bold')
+    figure, axes = create_canvas(9.3)
+    for x, text in ((4.5, '3 × 3\nfilters'), (6.05, 'rows of\nlocs'), (7.25, 'rows of\nscores')):
+        axes.text(x, 1.75, text, ha='center', va='bottom', weight='bold')
     axes.imshow(load_example()[0].permute(1, 2, 0), extent=(0.3, 1.7, 1.75, 0.35), aspect='auto')
     axes.text(1.95, 1.05, 'image\n3, 300 × 300', va='center')
     bottom, top, first = 1.75, 1.95, 0
@@ -202,7 +204,7 @@ def draw_network(colors):
     axes.text(2.3, top + 0.4, 'auxiliary', color=colors.red, va='center')
     for x, text, color in ((6.05, f'{N_PRIORS} × 4', colors.green),
                            (7.25, f'{N_PRIORS} × C', colors.orange)):
-        axes.text(x, top + 0.4, text, ha='center', va='center', weight='bold', color=color)
+        axes.text(x, top + 0.4, text, ha='center', va='center', fontsize=15, color=color)
     return figure
 
 
@@ -214,7 +216,7 @@ def draw_prediction(axes, middle, height, n_priors, rows, colors):
         n_priors: priors per cell.
         rows: the first and the last row.
     """
-    draw_arrow(axes, (3.5, middle), (3.9, middle), colors.grey, shrinkA=0, shrinkB=0)
+    draw_arrow(axes, (3.57, middle), (3.9, middle), colors.grey, shrinkA=0, shrinkB=0)
     draw_arrow(axes, (5.1, middle), (5.48, middle), colors.grey, shrinkA=0, shrinkB=0)
     for y, x, numbers, color in ((middle - 0.18, 6.05, '4', colors.green),
                                  (middle + 0.18, 7.25, 'C', colors.orange)):
@@ -234,17 +236,18 @@ def draw_fc_to_conv(colors):
     reach = dilation * (n_kept - 1) + 1
     spread = [row * dilation * reach + column * dilation
               for row in range(n_kept) for column in range(n_kept)]
-    figure, axes = create_canvas(4.4)
+    figure, axes = create_canvas(4.3)
     # fc6 follows five poolings that halve the map, conv6 four: their cells are 32 and 16 pixels.
     panels = ((7, 32, range(49), colors.blue, 'fc6', '4096 filters, 7 × 7\ncells of 32 pixels'),
               (7, 32, kept, colors.blue, 'decimated', 'every 3rd cell,\nevery 4th filter'),
               (reach, 16, spread, colors.red, 'conv6',
                f'{conv6.out_channels} filters, {n_kept} × {n_kept}\ncells of 16 pixels,\n'
                f'dilation {dilation}'))
-    for x, (n, pixels, filled, color, title, text) in zip((0.3, 2.95, 5.6), panels):
-        draw_grid(axes, x, 0.75, n * pixels / 106, n, color, colors.paper, filled)
-        axes.text(x + 1.05, 0.45, title, weight='bold', ha='center', color=color)
-        axes.text(x + 1.05, 3.05, text, ha='center', va='top', linespacing=1.3)
+    for x, (n, pixels, filled, color, title, text) in zip((0.3, 2.95, 5.65), panels):
+        side = n * pixels / 106
+        draw_grid(axes, x, 0.75, side, n, color, colors.paper, filled)
+        axes.text(x + side / 2, 0.45, title, weight='bold', ha='center', color=color)
+        axes.text(x + side / 2, 3.05, text, ha='center', va='top', linespacing=1.3)
     for x in (2.42, 5.07):
         draw_arrow(axes, (x, 1.8), (x + 0.52, 1.8), colors.grey, shrinkA=4, shrinkB=4)
     return figure
@@ -265,17 +268,17 @@ def draw_overlap(colors):
     intersection_box = torch.cat([boxes[:, :2].amax(dim=0), boxes[:, 2:].amin(dim=0)])
 
     figure, panels = create_figure(4.6, 1, 2)
-    for axes, title, filled in ((panels[0], f'intersection: {intersection:.0f}',
+    for axes, title, lit in ((panels[0], f'intersection: {intersection:.0f}',
                                  [intersection_box]),
                                 (panels[1], f'union: {union:.0f}', boxes)):
         axes.imshow(image, extent=(0, image.width, image.height, 0))
         axes.set(xlim=(50, 151), ylim=(220, 126), title=title)
         axes.axis('off')
-        area = torch.zeros(image.height, image.width)
-        for x_min, y_min, x_max, y_max in torch.stack(list(filled)).int().tolist():
-            area[y_min:y_max, x_min:x_max] = 1
-        axes.imshow(area, extent=(0, image.width, image.height, 0), alpha=0.55 * area,
-                    cmap='Blues', vmin=0, vmax=1.4, interpolation='none')
+        shade = torch.full((image.height, image.width), 0.75)       # on all but the lit area
+        for x_min, y_min, x_max, y_max in torch.stack(list(lit)).int().tolist():
+            shade[y_min:y_max, x_min:x_max] = 0
+        axes.imshow(torch.zeros_like(shade), extent=(0, image.width, image.height, 0), alpha=shade,
+                    cmap='gray', interpolation='none')
         for box, color in zip(boxes, (ORANGE, SKY)):
             draw_box(axes, box, color, 4)
     figure.supxlabel(f'IoU = {intersection:.0f} / {union:.0f} = {iou:.2f}', weight='bold',
@@ -392,18 +395,19 @@ def draw_matching(colors):
     priors = cxcy_to_xy(create_prior_boxes())
     figure = create_figure(9.6)[0]
     figure.clear()
+    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.06)
     upper, lower = figure.subfigures(2, 1, height_ratios=(3, 1.25))
     upper.suptitle(f'the {int(matched[TRIANGLE].sum())} positive priors of the triangle, and their '
-                   'IoU')
+                   'IoU', fontsize=16)
     best_first = overlap[TRIANGLE].masked_fill(~matched[TRIANGLE], 0).argsort(descending=True)
     for axes, prior in zip(upper.subplots(3, 4).flat, best_first.tolist()):
-        show_close_up(axes, boxes[TRIANGLE], 0.17)
+        show_close_up(axes, boxes[TRIANGLE], 0.2)
         draw_box(axes, boxes[TRIANGLE], 'white', 2.5)
         name = name_map(prior)
         draw_box(axes, priors[prior], SKY if name == 'conv7' else ORANGE, 3.5)
         axes.set_title(f'{name}: {overlap[TRIANGLE, prior]:.2f}', fontsize=14)
 
-    lower.suptitle('priors of both stars: IoU with the left | right one')
+    lower.suptitle('priors of both stars: IoU with the left | right one', fontsize=16)
     contested = (overlap[[STAR_BEHIND, STAR]] >= 0.5).all(dim=0).nonzero().flatten().tolist()
     for axes, prior in zip(lower.subplots(1, 4), contested):
         show_close_up(axes, boxes[[STAR_BEHIND, STAR]].mean(dim=0), 0.2)
@@ -428,8 +432,8 @@ def draw_hard_negatives(colors):
     _, boxes, labels, _ = load_example()
     criterion = MultiBoxLoss(create_prior_boxes())
     _, true_classes = criterion.match([boxes], [labels])
-    figure, panels = create_figure(5.2, 1, 2)
-    for axes, name, title in zip(panels, ('early', 'trained'), ('early', 'at the end')):
+    figure, panels = create_figure(5.5, 1, 2)
+    for axes, name in zip(panels, ('early', 'trained')):
         locs, scores = load_output(name)
         loss = criterion(locs, scores, [boxes], [labels])
         cross_entropy = F.cross_entropy(scores[0], true_classes[0], reduction='none')   # (P,)
@@ -439,8 +443,8 @@ def draw_hard_negatives(colors):
             draw_losses(axes, cross_entropy * selected, color)
         hardest = int((cross_entropy * hard).argmax())
         draw_box(axes, criterion.priors_xy[hardest], ORANGE, 2)
-        label_box(axes, criterion.priors_xy[hardest], f'{cross_entropy[hardest]:.2f}', below=True)
-        axes.set_title(f'{title}: loss {loss:.2f}')
+        label_boxes(axes, criterion.priors_xy[[hardest]], [f'{cross_entropy[hardest]:.2f}'])
+        axes.set_title(f'after {count_iterations(name)} iterations:\nloss {loss:.2f}')
     figure.supxlabel(f'blue: {int((true_classes > 0).sum())} positives, orange: '
                      f'{int(hard.sum())} hard negatives\narea: their cross entropy, box: the '
                      'hardest one', color=colors.ink)
@@ -481,9 +485,10 @@ def draw_augmentation(colors):
         'contrast': {'colors': {'contrast': 0.5}}, 'saturation': {'colors': {'saturation': 0.5}},
         'hue': {'colors': {'hue': -18.}}, 'flip': {'mirror': True},
         'zoom-out × 2': {'window': (-230, -60, 410, 420)},
-        'zoom-out × 4': {'window': (-300, -620, 980, 340)},
-        'crop': {'window': (60, 20, 300, 220)}, 'tall crop': {'window': (180, 0, 300, 200)},
-        'wide crop': {'window': (40, 60, 240, 165)}, 'small crop': {'window': (55, 120, 155, 215)}}
+        'zoom-out × 4': {'window': (-300, -620, 980, 340)}}
+    for window in ((60, 20, 300, 220), (180, 0, 300, 200), (40, 60, 240, 165), (55, 120, 155, 215)):
+        iou = find_jaccard_overlap(torch.tensor([window]).float(), tensors[0]).max()
+        tiles[f'crop: IoU {iou:.2f}'] = {'window': window}
     figure, panels = create_figure(9.4, 4, 4)
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04, wspace=0, hspace=0)
     results = [(title, *augment(image, tensors, **how)) for title, how in tiles.items()]
@@ -491,7 +496,7 @@ def draw_augmentation(colors):
     for number in range(4):
         random.seed(f'figure {number}')
         augmented, boxes, _, _ = transform(image, *tensors, 'TRAIN')
-        results.append((f'all, {number + 1}', augmented.permute(1, 2, 0), boxes))
+        results.append((f'at random, {number + 1}', augmented.permute(1, 2, 0), boxes))
     random.setstate(state)
     for axes, (title, augmented, boxes) in zip(panels.flat, results):
         show(axes, augmented)
@@ -505,7 +510,7 @@ def draw_augmentation(colors):
 def draw_learning_rate(colors):
     """Draw the learning rate over the iterations of the default schedule."""
     p = train.Parameters()
-    figure, (first, whole) = create_figure(3.9, 1, 2)
+    figure, (first, whole) = create_figure(3.9, 1, 2, width_ratios=(4, 5))
     for axes, iterations in ((first, range(0, 2 * p.warmup, 10)),
                              (whole, range(0, p.iterations, 100))):
         rates = [train.get_lr(i, p.lr, p.warmup, p.decay_lr_at) for i in iterations]
@@ -515,7 +520,7 @@ def draw_learning_rate(colors):
     first.set(title='the first 2,000', xlim=(0, 2), xticks=(0, 1, 2), ylim=(0, 1.15 * p.lr),
               yticks=(0, p.lr / 2, p.lr))
     first.set_yticklabels(['0', f'{p.lr / 2:g}', f'{p.lr:g}'])
-    first.text(0.5, 0.05 * p.lr, 'warm-up', ha='center', weight='bold', color=colors.orange)
+    first.text(0.97, 0.06 * p.lr, 'warm-up', ha='right', weight='bold', color=colors.orange)
     whole.set(title='all iterations', yscale='log', ylim=(p.lr / 200, 2 * p.lr),
               xlim=(0, None), xticks=[i / 1000 for i in (0, *p.decay_lr_at, p.iterations)])
     for drop in p.decay_lr_at:
