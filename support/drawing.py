@@ -42,7 +42,7 @@ def place_labels(boxes, sizes, image_size):
     A label that would leave the image is moved inside.
 
     Args:
-        boxes: (n, 4), corners; the first ones choose first.
+        boxes: (n, 4), corners; the first ones choose first. The last ones may have no label.
         sizes: width and height of each label, in the same unit.
         image_size: width and height.
 

@@ -103,10 +103,10 @@ def draw_box(axes, box, color, width=3., **options):
 
 
 def label_boxes(axes, boxes, texts):
-    """Write the labels of boxes (n, 4) of an image, where they cover little of boxes and labels."""
-    sizes = [(0.035 * len(text), 0.07) for text in texts]   # half of the page has such an image
+    """Write the labels of boxes of an image, see `place_labels()`."""
+    sizes = [(0.035 * len(text), 0.08) for text in texts]   # half of the page has such an image
     for (x, y), text in zip(place_labels(boxes, sizes, (1, 1)), texts):
-        axes.text(x, y + 0.035, text, color='white', fontsize=15, va='center',
+        axes.text(x, y + 0.04, text, color='white', fontsize=15, va='center',
                   path_effects=[withStroke(linewidth=4, foreground=RIM)])
 
 

@@ -8,6 +8,7 @@ checkpoint. Of each output it holds the rows that matter: positives, hard negati
 """
 
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -19,7 +20,7 @@ from PIL import Image
 
 from model import SSD300, VISUALIZATION, MultiBoxLoss, create_prior_boxes, hard_negatives
 from support.checkpoints import load_checkpoint
-from support.errors import atomic_write, exit_on_user_error
+from support.errors import UserError, atomic_write, exit_on_user_error
 from tools.shapes import OUTLINES, draw_image
 from utils import transform
 
@@ -48,7 +49,9 @@ def main(parameters):
     outputs = {}
     for name, path in (('early', parameters.early), ('trained', parameters.trained)):
         model = SSD300.from_checkpoint(path)
-        assert model.label_map == LABEL_MAP, f'{model.label_map}, not {LABEL_MAP}'
+        if model.label_map != LABEL_MAP:
+            raise UserError(f'{path} has the classes {sorted(model.label_map)}, not those of the '
+                            'demo; give a checkpoint of make demo')
         with torch.no_grad():
             locs, scores = model(model.normalize(image.unsqueeze(0)))
         rows = select_rows(scores, boxes, labels).tolist()
@@ -78,6 +81,7 @@ def find_hard(scores, true_classes):
     return hard_negatives(cross_entropy, positive, 3 * positive.sum(dim=1, keepdim=True))
 
 
+@functools.cache
 def draw_example():
     """Draw the image: a PIL image that equals the JPEG file of the demo, and its objects."""
     image, objects = draw_image(random.Random(f'{SEED} {NUMBER}'))
@@ -94,6 +98,7 @@ def to_tensors(objects):
             torch.tensor([LABEL_MAP[name] for name in names]), torch.tensor(difficulties))
 
 
+@functools.cache
 def load_example():
     """Return an item of the demo's data set: image (3, 300, 300), boxes, labels, difficulties."""
     image, objects = draw_example()

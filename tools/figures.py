@@ -90,9 +90,14 @@ NAMES = list(LABEL_MAP)
 STAR_BEHIND, TRIANGLE, STAR, CIRCLE = range(4)      # the objects of the example
 
 
+def to_array(image):
+    """Convert an image (3, 300, 300) to an array (300, 300, 3)."""
+    return image.permute(1, 2, 0).numpy()
+
+
 def show_example(axes, margin=0.):
     """Show the example as the network sees it, 300 x 300, with coordinates from 0 to 1."""
-    show(axes, load_example()[0].permute(1, 2, 0).numpy(), margin)
+    show(axes, to_array(load_example()[0]), margin)
 
 
 def make_meta_model():
@@ -150,9 +155,8 @@ def draw_detections(axes, boxes, labels, scores):
     show_example(axes)
     for box, label in zip(boxes, labels):
         draw_box(axes, box, OVERLAYS[label])
-    label_boxes(axes, boxes, [f'{NAMES[label]} {score:.2f}' for label, score in zip(labels, scores)])
     texts = [f'{NAMES[label]} {score:.2f}' for label, score in zip(labels, scores)]
-    label_boxes(axes, boxes, texts)
+    label_boxes(axes, torch.cat([boxes, load_example()[1]]), texts)
 
 def draw_example_picture(colors):
     """Draw the objects of the example, and what the trained network detects in it."""
@@ -184,7 +188,7 @@ def draw_network(colors):
     figure, axes = create_canvas(9.3)
     for x, text in ((4.5, '3 × 3\nfilters'), (6.05, 'rows of\nlocs'), (7.25, 'rows of\nscores')):
         axes.text(x, 1.75, text, ha='center', va='bottom', weight='bold')
-    axes.imshow(load_example()[0].permute(1, 2, 0), extent=(0.3, 1.7, 1.75, 0.35), aspect='auto')
+    axes.imshow(to_array(load_example()[0]), extent=(0.3, 1.7, 1.75, 0.35), aspect='auto')
     axes.text(1.95, 1.05, 'image\n3, 300 × 300', va='center')
     bottom, top, first = 1.75, 1.95, 0
     for feature_map, n_rows, shape in zip(FEATURE_MAPS, count_rows(), feature_map_shapes()):
@@ -265,20 +269,19 @@ def draw_overlap(colors):
     intersection = find_intersection(boxes, boxes)[0, 1]
     union = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sum() - intersection
     iou = find_jaccard_overlap(boxes, boxes)[0, 1]
-    intersection_box = torch.cat([boxes[:, :2].amax(dim=0), boxes[:, 2:].amin(dim=0)])
+    intersection_box = torch.cat([boxes[:, :2].amax(dim=0), boxes[:, 2:].amin(dim=0)])[None]
 
     figure, panels = create_figure(4.6, 1, 2)
-    for axes, title, lit in ((panels[0], f'intersection: {intersection:.0f}',
-                                 [intersection_box]),
-                                (panels[1], f'union: {union:.0f}', boxes)):
+    for axes, title, lit in ((panels[0], f'intersection: {intersection:.0f}', intersection_box),
+                             (panels[1], f'union: {union:.0f}', boxes)):
         axes.imshow(image, extent=(0, image.width, image.height, 0))
         axes.set(xlim=(50, 151), ylim=(220, 126), title=title)
         axes.axis('off')
-        shade = torch.full((image.height, image.width), 0.75)       # on all but the lit area
-        for x_min, y_min, x_max, y_max in torch.stack(list(lit)).int().tolist():
+        shade = torch.full((image.height, image.width), 0.6)     # on all but the lit area
+        for x_min, y_min, x_max, y_max in lit.int().tolist():
             shade[y_min:y_max, x_min:x_max] = 0
-        axes.imshow(torch.zeros_like(shade), extent=(0, image.width, image.height, 0), alpha=shade,
-                    cmap='gray', interpolation='none')
+        axes.imshow(0 * shade.numpy(), extent=(0, image.width, image.height, 0),
+                    alpha=shade.numpy(), cmap='gray', interpolation='none')
         for box, color in zip(boxes, (ORANGE, SKY)):
             draw_box(axes, box, color, 4)
     figure.supxlabel(f'IoU = {intersection:.0f} / {union:.0f} = {iou:.2f}', weight='bold',
@@ -401,7 +404,7 @@ def draw_matching(colors):
                    'IoU', fontsize=16)
     best_first = overlap[TRIANGLE].masked_fill(~matched[TRIANGLE], 0).argsort(descending=True)
     for axes, prior in zip(upper.subplots(3, 4).flat, best_first.tolist()):
-        show_close_up(axes, boxes[TRIANGLE], 0.2)
+        show_close_up(axes, boxes[TRIANGLE], 0.22)
         draw_box(axes, boxes[TRIANGLE], 'white', 2.5)
         name = name_map(prior)
         draw_box(axes, priors[prior], SKY if name == 'conv7' else ORANGE, 3.5)
@@ -410,7 +413,7 @@ def draw_matching(colors):
     lower.suptitle('priors of both stars: IoU with the left | right one', fontsize=16)
     contested = (overlap[[STAR_BEHIND, STAR]] >= 0.5).all(dim=0).nonzero().flatten().tolist()
     for axes, prior in zip(lower.subplots(1, 4), contested):
-        show_close_up(axes, boxes[[STAR_BEHIND, STAR]].mean(dim=0), 0.2)
+        show_close_up(axes, boxes[[STAR_BEHIND, STAR]].mean(dim=0), 0.22)
         for obj in (STAR_BEHIND, STAR):
             draw_box(axes, boxes[obj], 'white', 2.5 if matched[obj, prior] else 1)
         draw_box(axes, priors[prior], SKY, 3.5)
@@ -443,7 +446,8 @@ def draw_hard_negatives(colors):
             draw_losses(axes, cross_entropy * selected, color)
         hardest = int((cross_entropy * hard).argmax())
         draw_box(axes, criterion.priors_xy[hardest], ORANGE, 2)
-        label_boxes(axes, criterion.priors_xy[[hardest]], [f'{cross_entropy[hardest]:.2f}'])
+        label_boxes(axes, torch.cat([criterion.priors_xy[[hardest]], boxes]),
+                    [f'{cross_entropy[hardest]:.2f}'])
         axes.set_title(f'after {count_iterations(name)} iterations:\nloss {loss:.2f}')
     figure.supxlabel(f'blue: {int((true_classes > 0).sum())} positives, orange: '
                      f'{int(hard.sum())} hard negatives\narea: their cross entropy, box: the '
@@ -496,7 +500,7 @@ def draw_augmentation(colors):
     for number in range(4):
         random.seed(f'figure {number}')
         augmented, boxes, _, _ = transform(image, *tensors, 'TRAIN')
-        results.append((f'at random, {number + 1}', augmented.permute(1, 2, 0), boxes))
+        results.append((f'at random, {number + 1}', to_array(augmented), boxes))
     random.setstate(state)
     for axes, (title, augmented, boxes) in zip(panels.flat, results):
         show(axes, augmented)
@@ -520,7 +524,7 @@ def draw_learning_rate(colors):
     first.set(title='the first 2,000', xlim=(0, 2), xticks=(0, 1, 2), ylim=(0, 1.15 * p.lr),
               yticks=(0, p.lr / 2, p.lr))
     first.set_yticklabels(['0', f'{p.lr / 2:g}', f'{p.lr:g}'])
-    first.text(0.97, 0.06 * p.lr, 'warm-up', ha='right', weight='bold', color=colors.orange)
+    first.text(0.5, 1.05 * p.lr, 'warm-up', ha='center', weight='bold', color=colors.orange)
     whole.set(title='all iterations', yscale='log', ylim=(p.lr / 200, 2 * p.lr),
               xlim=(0, None), xticks=[i / 1000 for i in (0, *p.decay_lr_at, p.iterations)])
     for drop in p.decay_lr_at:
@@ -632,6 +636,18 @@ PICTURES = {
     'precision_recall': draw_precision_recall}
 
 
+def draw_all(pictures, colors, folder):
+    """Draw pictures for a page of given colors into a folder.
+
+    Args:
+        pictures: {name of the file: function that draws a figure}
+    """
+    make_folder(folder)
+    with page_style(colors):
+        for name, draw in pictures.items():
+            save(draw(colors), folder / f'{name}.png', colors.paper)
+
+
 @exit_on_user_error
 def main(parameters):
     """Draw all pictures into the output folder, and those for dark pages into its folder dark."""
@@ -642,11 +658,8 @@ def main(parameters):
         pictures['training_curves'] = lambda colors: draw_training_curves(colors, rows)
     else:
         print(f'note: training_curves.png is left out: {parameters.log} has no rows')
-    for colors, subfolder in ((LIGHT, folder), (DARK, folder / 'dark')):
-        make_folder(subfolder)
-        with page_style(colors):
-            for name, draw in pictures.items():
-                save(draw(colors), subfolder / f'{name}.png', colors.paper)
+    draw_all(pictures, LIGHT, folder)
+    draw_all(pictures, DARK, folder / 'dark')
     print(f'{len(pictures)} pictures drawn in {folder}, for light and dark pages')
 
 
