@@ -1,6 +1,6 @@
 """The image that the tutorial follows from its objects to its detections: 001030.jpg of the demo.
 
-    python -m tools.example demo/early.pth.tar demo/checkpoint.pth.tar
+    python -m tools.example --early demo/early.pth.tar --trained demo/checkpoint.pth.tar
 
 writes img/example.json: what two networks of the demo predict for this image, one after a few
 iterations and one that has learned the shapes. The pictures and the README need that file and no
@@ -34,12 +34,12 @@ BACKGROUND = 20.            # score of the background in the rows that the file 
 class Parameters:
     """Write what two networks predict for the tutorial's image."""
 
-    # Checkpoint of a run of the demo after a few iterations.
-    early: tyro.conf.Positional[str]
-    # Its checkpoint at the end.
-    trained: tyro.conf.Positional[str]
+    # Checkpoint of a run of the demo after a few iterations, as 40.
+    early: str = './demo/early.pth.tar'
+    # Checkpoint of make demo.
+    trained: str = './demo/checkpoint.pth.tar'
     # The file to write.
-    output: str = str(PATH)
+    output: str = './img/example.json'
 
 
 @exit_on_user_error

@@ -544,13 +544,15 @@ def draw_training_curves(colors, rows):
         losses.plot(iterations, [row[column] for row in rows], label=label, color=color)
     losses.set(title='loss', ylim=(0, None))
     losses.legend()
-    evaluated = [(row['iteration'], row['mAP']) for row in rows if not math.isnan(row['mAP'])]
-    scores.plot(*zip(*evaluated), 'o-', color=colors.green,
-                markersize=9 if len(evaluated) < 20 else 4)
+    evaluated = [row for row in rows if not math.isnan(row['mAP'])]
+    scores.plot([row['iteration'] for row in evaluated], [row['mAP'] for row in evaluated], 'o-',
+                color=colors.green, markersize=9 if len(evaluated) < 20 else 4)
     # As many points are labeled as there is room for, the last one always.
-    for point in evaluated[::-1][::math.ceil(len(evaluated) / 8)]:
-        scores.annotate(f'{point[1]:.2f}', point, (0, -26), textcoords='offset points',
-                        ha='center', weight='bold' if point == evaluated[-1] else 'normal')
+    for row in evaluated[::-1][::math.ceil(len(evaluated) / 8) or 1]:
+        scores.annotate(f'{row["mAP"]:.2f}', (row['iteration'], row['mAP']),
+                        (0, -26 if row['mAP'] > 0.3 else 12), textcoords='offset points',
+                        ha='center' if row['mAP'] > 0.3 else 'right',
+                        weight='bold' if row is evaluated[-1] else 'normal')
     scores.set(title='mAP', ylim=(0, 1.05), xlabel='iterations')
     for axes in (losses, scores):
         axes.grid()
