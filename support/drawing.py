@@ -1,6 +1,9 @@
 """Draw boxes and labels onto images."""
 
+import torch
 from PIL import ImageColor, ImageDraw, ImageFont
+
+from utils import find_intersection
 
 
 def draw_objects(image, prediction, colors):
@@ -18,29 +21,51 @@ def draw_objects(image, prediction, colors):
     draw = ImageDraw.Draw(image)
     # A thirtieth of the shorter side is legible at any size at which the whole image is viewed.
     font = ImageFont.load_default(max(10, round(min(image.size) / 30)))  # bundled with Pillow
-    line_width = max(1, round(font.size / 6))
-    objects = list(zip(prediction['boxes'].tolist(), prediction['labels'],
-                       prediction['scores'].tolist()))[::-1]
-    for (x_min, y_min, x_max, y_max), name, _ in objects:
+    margin = max(1, round(font.size / 6))
+    boxes, names = prediction['boxes'].float().cpu(), prediction['labels']
+    for (x_min, y_min, x_max, y_max), name in list(zip(boxes.tolist(), names))[::-1]:
         # Boxes are edges, Pillow's corners are pixels.
         draw.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)),
-                       outline=colors[name], width=line_width)
-    for (x_min, y_min, _, _), name, score in objects:
-        draw_label(image, f'{name} {score:.2f}', x_min, y_min, font, colors[name])
+                       outline=colors[name], width=margin)
+    texts = [f'{name} {score:.2f}' for name, score in zip(names, prediction['scores'].tolist())]
+    sizes = [(font.getbbox(text)[2] + 2 * margin, 1.3 * font.size) for text in texts]
+    labels = zip(place_labels(boxes, sizes, image.size), sizes, texts, names)
+    for (x, y), (width, height), text, name in list(labels)[::-1]:
+        draw.rectangle((x, y, x + width, y + height), fill=colors[name])
+        draw.text((x + margin, y), text, fill=choose_ink(colors[name]), font=font)
 
 
-def draw_label(image, text, x_min, y_min, font, color):
-    """Draw a label above the upper left corner of a box.
+def place_labels(boxes, sizes, image_size):
+    """Choose a place for the label of each box, where it covers little of boxes and labels.
 
-    Without room above the box it is drawn inside; where it would leave the image on the right it
-    is moved to the left.
+    That is above the box or below it, at its left or its right edge; of equal places the first.
+    A label that would leave the image is moved inside.
+
+    Args:
+        boxes: (n, 4), corners; the first ones choose first. The last ones may have no label.
+        sizes: width and height of each label, in the same unit.
+        image_size: width and height.
+
+    Returns:
+        The upper left corner of each label: a list of (x, y).
     """
-    draw, margin = ImageDraw.Draw(image), max(1, round(font.size / 6))
-    _, _, text_width, _ = font.getbbox(text)
-    width, height = text_width + 2 * margin, 1.3 * font.size
-    x = max(0, min(x_min, image.width - width))
-    y = y_min - height if y_min >= height else y_min
-    draw.rectangle((x, y, x + width, y + height), fill=color)
+    places, taken = [], boxes
+    weights = torch.ones(len(boxes))
+    for (x_min, y_min, x_max, y_max), (width, height) in zip(boxes.tolist(), sizes):
+        corners = torch.tensor([(max(0., min(x, image_size[0] - width)),
+                                 max(0., min(y, image_size[1] - height)))
+                                for y in (y_min - height, y_max) for x in (x_min, x_max - width)])
+        rectangles = torch.cat([corners, corners + torch.tensor([width, height])], dim=1)   # (4, 4)
+        costs = find_intersection(rectangles, taken) @ weights
+        best = int(costs.argmin())
+        places.append(tuple(corners[best].tolist()))
+        # A label on a label is worse than a label on a box.
+        taken = torch.cat([taken, rectangles[best:best + 1]])
+        weights = torch.cat([weights, torch.tensor([10.])])
+    return places
+
+
+def choose_ink(color):
+    """Choose black or white for a text on a color '#rrggbb'."""
     red, green, blue = ImageColor.getrgb(color)
-    is_bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128
-    draw.text((x + margin, y), text, fill='black' if is_bright else 'white', font=font)
+    return 'black' if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else 'white'

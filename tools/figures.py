@@ -2,50 +2,75 @@
 
     python -m tools.figures
 
-Priors, matches, hard negatives, crops, suppression, learning rate and average precision come from
-the functions that training and detection call, so the pictures agree with the code. Images are
-drawn by `tools/shapes.py`. The same version of matplotlib draws the same bytes.
+Priors, matches, losses, crops, suppression, learning rate and average precision come from the
+functions that training and detection call, so the pictures agree with the code. They follow one
+image, `tools/example.py`. Each is drawn for light and for dark pages (folder dark/). The same
+version of matplotlib draws the same bytes.
 
 Letters: P = 8732 priors, C classes with background 0, O objects in an image.
 """
 
 import dataclasses
-import io
 import math
 import pathlib
 import random
 from fractions import Fraction
 
-import matplotlib.style
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.patheffects import Stroke, withStroke
-from PIL import Image
+from matplotlib.patches import Rectangle
 
 import train
 from model import (
     FEATURE_MAPS,
     N_PRIORS,
     SSD300,
+    VISUALIZATION,
     MultiBoxLoss,
     create_prior_boxes,
     decimate,
-    hard_negatives,
 )
-from support.errors import atomic_write, exit_on_user_error, make_folder
+from support.errors import exit_on_user_error, make_folder
 from support.training_log import read_log
-from tools.shapes import OUTLINES, draw_image
+from tools.canvas import (
+    DARK,
+    LIGHT,
+    ORANGE,
+    OVERLAYS,
+    RIM,
+    SKY,
+    create_canvas,
+    create_figure,
+    draw_arrow,
+    draw_box,
+    draw_grid,
+    label_boxes,
+    page_style,
+    save,
+    show,
+)
+from tools.example import (
+    LABEL_MAP,
+    count_iterations,
+    draw_example,
+    find_hard,
+    load_example,
+    load_output,
+    to_tensors,
+)
 from utils import (
     average_precision,
+    crop,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
+    distort,
     find_intersection,
     find_jaccard_overlap,
+    flip,
     match_detections,
     transform,
+    warp,
     xy_to_cxcy,
 )
 
@@ -61,116 +86,18 @@ class Parameters:
     log: str = './img/demo_log.csv'
 
 
-# --------------------------------------------------------------------------------------------------
-# Helpers of all pictures
-#
-# A README is also read on phones, where 8 inches become 3, so the texts are short and large.
-# --------------------------------------------------------------------------------------------------
-
-WIDTH, DPI = 8, 110
-INK, GREY, PALE, PAPER = '#24292f', '#6e7781', '#d9dde2', '#fdfcf9'
-# Okabe and Ito's colors, which color-blind readers can distinguish.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
-    '#0072b2', '#e69f00', '#009e73', '#d55e00', '#cc79a7', '#56b4e9')
-COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
-STYLE = {
-    'font.size': 16, 'axes.titlesize': 16, 'legend.fontsize': 15, 'lines.linewidth': 2.5,
-    'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': GREY, 'xtick.color': INK,
-    'ytick.color': INK, 'figure.facecolor': PAPER, 'savefig.facecolor': PAPER,
-    'axes.facecolor': 'white', 'axes.spines.top': False, 'axes.spines.right': False,
-    'grid.color': PALE, 'figure.labelsize': 16, 'figure.constrained_layout.h_pad': 0.15,
-    'figure.constrained_layout.w_pad': 0.15,
-}
-LABEL_MAP = {'background': 0, **{name: i for i, name in enumerate(sorted(OUTLINES), 1)}}
 NAMES = list(LABEL_MAP)
+STAR_BEHIND, TRIANGLE, STAR, CIRCLE = range(4)      # the objects of the example
 
 
-def create_figure(height, *grid, **options):
-    """Create a figure of a height in inches, and its axes; see `Figure.subplots()`."""
-    figure = Figure(figsize=(WIDTH, height), layout='constrained')
-    figure.get_layout_engine().set(rect=(0.01, 0.02, 0.98, 0.96))   # a margin
-    return figure, figure.subplots(*grid, **options)
+def to_array(image):
+    """Convert an image (3, 300, 300) to an array (300, 300, 3)."""
+    return image.permute(1, 2, 0).numpy()
 
 
-def create_canvas(height):
-    """Create a figure that is covered by one empty axes, with the inch as its unit, y downward."""
-    figure = Figure(figsize=(WIDTH, height))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
-    axes.axis('off')
-    return figure, axes
-
-
-def save(figure, path):
-    """Write a figure as a PNG with a palette, for a third of the bytes, without date or version.
-
-    Quantization by an octree keeps the colors of thin lines; a median cut would drop them.
-    """
-    content = io.BytesIO()
-    figure.savefig(content, format='png', dpi=DPI, metadata={'Software': None})
-    with Image.open(content) as image, atomic_write(path) as temporary:
-        image = image.convert('RGB').quantize(method=Image.Quantize.FASTOCTREE)
-        image.save(temporary, optimize=True)
-
-
-def make_example(seed):
-    """Draw an image and transform it as for evaluation.
-
-    Returns:
-        image (300, 300, 3) uint8, a NumPy array; boxes (O, 4) in fractions; labels (O,).
-    """
-    image, objects = draw_image(random.Random(f'figure {seed}'))
-    image, boxes, labels, _ = transform(image, *to_tensors(objects), 'TEST')
-    return image.permute(1, 2, 0).numpy(), boxes, labels
-
-
-def to_tensors(objects):
-    """Convert the objects of `draw_image()` to the boxes, labels and difficulties of `transform()`.
-    """
-    names, boxes, difficulties, _ = zip(*objects)
-    return (torch.tensor(boxes, dtype=torch.float32),
-            torch.tensor([LABEL_MAP[name] for name in names]), torch.tensor(difficulties))
-
-
-def show(axes, image, margin=0.):
-    """Show an image with coordinates from 0 to 1 in both directions, and a margin around it."""
-    axes.imshow(image, extent=(0, 1, 1, 0))
-    axes.set(xlim=(-margin, 1 + margin), ylim=(1 + margin, -margin))
-    axes.axis('off')
-
-
-def draw_box(axes, box, color, width=3., alpha=1., **options):
-    """Draw a box (4,), corners, with a dark rim that makes it visible on any background."""
-    x_min, y_min, x_max, y_max = (float(corner) for corner in box)
-    patch = Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, fill=False, edgecolor=color,
-                      linewidth=width, alpha=alpha, **options)
-    if alpha == 1 and 'linestyle' not in options:
-        patch.set_path_effects([Stroke(linewidth=width + 1.5, foreground=INK),
-                                Stroke(linewidth=width, foreground=color)])
-    axes.add_patch(patch)
-
-
-def draw_arrow(axes, begin, end, color=GREY, **options):
-    """Draw an arrow between two points."""
-    axes.add_patch(FancyArrowPatch(begin, end, arrowstyle='-|>', mutation_scale=20, color=color,
-                                   linewidth=2, **options))
-
-
-def draw_grid(axes, x, y, side, n, color, filled=()):
-    """Draw a grid of n x n cells with its upper left corner at x, y.
-
-    Args:
-        side: length in the unit of the axes.
-        filled: numbers of the cells that are filled, counted row by row.
-    """
-    step = side / n
-    axes.add_patch(Rectangle((x, y), side, side, facecolor='white', edgecolor=color))
-    for number in filled:
-        row, column = divmod(number, n)
-        axes.add_patch(Rectangle((x + column * step, y + row * step), step, step, color=color))
-    lines = [i * step for i in range(n + 1)]
-    width = min(1.2, 12 * step)
-    axes.vlines([x + line for line in lines], y, y + side, color=color, linewidth=width)
-    axes.hlines([y + line for line in lines], x, x + side, color=color, linewidth=width)
+def show_example(axes, margin=0.):
+    """Show the example as the network sees it, 300 x 300, with coordinates from 0 to 1."""
+    show(axes, to_array(load_example()[0]), margin)
 
 
 def make_meta_model():
@@ -193,6 +120,13 @@ def select_priors(name):
     return create_prior_boxes().split(count_rows())[index].view(size, size, -1, 4)
 
 
+def name_map(prior):
+    """Return the name of the feature map that a prior belongs to, by its index."""
+    names = [feature_map.name for feature_map in FEATURE_MAPS]
+    ends = torch.tensor(count_rows()).cumsum(0)
+    return names[int((prior >= ends).sum())]
+
+
 def name_ratios(feature_map):
     """Name the priors of a cell, in their order: '1 : 1', the additional square, '2 : 1', ..."""
     ratios = [Fraction(ratio).limit_denominator(10) for ratio in feature_map.aspect_ratios]
@@ -201,8 +135,43 @@ def name_ratios(feature_map):
 
 
 # --------------------------------------------------------------------------------------------------
-# The network
+# The example and the network
 # --------------------------------------------------------------------------------------------------
+
+
+def detect_in_example(max_overlap):
+    """Detect objects in the trained network's output for the example: boxes, labels, scores.
+
+    Args:
+        max_overlap: of non-maximum suppression; 1 keeps all boxes, as no IoU is above it.
+    """
+    thresholds = VISUALIZATION | {'max_overlap': max_overlap}
+    detections = make_meta_model().detect_objects(*load_output('trained'), **thresholds)
+    return [tensors[0] for tensors in detections]
+
+
+def draw_detections(axes, boxes, labels, scores):
+    """Draw the detections in the example, with class and score."""
+    show_example(axes)
+    for box, label in zip(boxes, labels):
+        draw_box(axes, box, OVERLAYS[label])
+    texts = [f'{NAMES[label]} {score:.2f}' for label, score in zip(labels, scores)]
+    label_boxes(axes, torch.cat([boxes, load_example()[1]]), texts)
+
+def draw_example_picture(colors):
+    """Draw the objects of the example, and what the trained network detects in it."""
+    figure, (left, right) = create_figure(4.5, 1, 2)
+    _, boxes, labels, difficulties = load_example()
+    show_example(left)
+    for box in boxes:
+        draw_box(left, box, 'white')
+    label_boxes(left, boxes, [NAMES[label] + difficult * ', difficult'
+                              for label, difficult in zip(labels, difficulties)])
+    left.set_title(f'ground truth: {len(boxes)} objects')
+    detections = detect_in_example(VISUALIZATION['max_overlap'])
+    draw_detections(right, *detections)
+    right.set_title(f'{len(detections[0])} detections')
+    return figure
 
 
 def feature_map_shapes():
@@ -214,83 +183,77 @@ def feature_map_shapes():
     return shapes
 
 
-def draw_network():
-    """Draw the image, the six feature maps below it, and the number of priors of each."""
-    figure, axes = create_canvas(9.1)
-    for x, text in ((1.98, 'feature map'), (3.6, 'channels, size'), (5.4, 'priors per cell'),
-                    (7.7, 'rows')):
-        axes.text(x, 0.45, text, color=GREY, ha='right' if text == 'rows' else 'left')
-    axes.imshow(make_example(4)[0], extent=(0.3, 1.7, 2.05, 0.65), aspect='auto')
-    axes.text(1.98, 1.35, 'image', weight='bold', va='center')
-    axes.text(3.6, 1.35, '3, 300 × 300', va='center')
-    bottom = 2.05
-    for feature_map, (channels, size, _) in zip(FEATURE_MAPS, feature_map_shapes()):
-        color = BLUE if feature_map.name in ('conv4_3', 'conv7') else RED
+def draw_network(colors):
+    """Draw the image, the six feature maps, the prediction convolutions, and their two outputs."""
+    figure, axes = create_canvas(9.3)
+    for x, text in ((4.5, '3 × 3\nfilters'), (6.05, 'rows of\nlocs'), (7.25, 'rows of\nscores')):
+        axes.text(x, 1.75, text, ha='center', va='bottom', weight='bold')
+    axes.imshow(to_array(load_example()[0]), extent=(0.3, 1.7, 1.75, 0.35), aspect='auto')
+    axes.text(1.95, 1.05, 'image\n3, 300 × 300', va='center')
+    bottom, top, first = 1.75, 1.95, 0
+    for feature_map, n_rows, shape in zip(FEATURE_MAPS, count_rows(), feature_map_shapes()):
+        size, color = shape[1], colors.red if '_2' in feature_map.name else colors.blue
         side = 0.22 * math.sqrt(size)
-        top = bottom + 0.33
-        draw_arrow(axes, (1, bottom), (1, top), shrinkA=2, shrinkB=0)
-        draw_grid(axes, 1 - side / 2, top, side, size, color)
-        bottom, middle = top + side, top + side / 2
-        per_cell = feature_map.n_priors_per_cell
-        axes.text(1.98, middle, feature_map.name, color=color, weight='bold', va='center')
-        axes.text(3.6, middle, f'{channels}, {size} × {size}', va='center')
-        axes.text(5.4, middle, f'× {per_cell}', va='center')
-        axes.text(7.7, middle, f'{size ** 2 * per_cell}', va='center', ha='right')
-    axes.hlines(bottom + 0.2, 6.7, 7.7, color=INK, linewidth=1.5)
-    axes.text(7.7, bottom + 0.45, f'{N_PRIORS}', weight='bold', va='center', ha='right')
-    axes.text(1.98, bottom + 0.45, 'base (VGG-16)', color=BLUE, va='center')
-    axes.text(4.08, bottom + 0.45, 'auxiliary', color=RED, va='center')
+        height = max(side + 0.3, 0.86)
+        middle = top + height / 2
+        draw_arrow(axes, (1, bottom), (1, middle - side / 2), colors.grey, shrinkA=2, shrinkB=0)
+        draw_grid(axes, 1 - side / 2, middle - side / 2, side, size, color, colors.paper)
+        axes.text(1.95, middle - 0.15, feature_map.name, color=color, weight='bold', va='center')
+        axes.text(1.95, middle + 0.15, f'{shape[0]}, {size} × {size}', va='center')
+        draw_prediction(axes, middle, height, feature_map.n_priors_per_cell,
+                        f'{first} …\n{first + n_rows - 1}', colors)
+        bottom, top, first = middle + side / 2, top + height, first + n_rows
+    assert first == N_PRIORS, f'{first} rows, not {N_PRIORS}'
+    axes.text(0.25, top + 0.4, 'base (VGG-16)', color=colors.blue, va='center')
+    axes.text(2.3, top + 0.4, 'auxiliary', color=colors.red, va='center')
+    for x, text, color in ((6.05, f'{N_PRIORS} × 4', colors.green),
+                           (7.25, f'{N_PRIORS} × C', colors.orange)):
+        axes.text(x, top + 0.4, text, ha='center', va='center', fontsize=15, color=color)
     return figure
 
 
-def draw_fc_to_conv():
-    """Draw the 7 x 7 kernel of fc6, its decimation, and the dilated kernel of conv6."""
+def draw_prediction(axes, middle, height, n_priors, rows, colors):
+    """Draw the two prediction convolutions of a feature map, and their rows of the outputs.
+
+    Args:
+        middle, height: of the map's part of the picture.
+        n_priors: priors per cell.
+        rows: the first and the last row.
+    """
+    draw_arrow(axes, (3.57, middle), (3.9, middle), colors.grey, shrinkA=0, shrinkB=0)
+    draw_arrow(axes, (5.1, middle), (5.48, middle), colors.grey, shrinkA=0, shrinkB=0)
+    for y, x, numbers, color in ((middle - 0.18, 6.05, '4', colors.green),
+                                 (middle + 0.18, 7.25, 'C', colors.orange)):
+        axes.add_patch(Rectangle((3.95, y - 0.16), 1.1, 0.32, fill=False, edgecolor=color,
+                                 linewidth=2))
+        axes.text(4.5, y, f'{n_priors} × {numbers}', ha='center', va='center')
+        axes.add_patch(Rectangle((x - 0.53, middle - height / 2), 1.06, height, facecolor=color,
+                                 edgecolor=colors.paper, linewidth=2))
+        axes.text(x, middle, rows, ha='center', va='center', color=colors.paper)
+
+
+def draw_fc_to_conv(colors):
+    """Draw the 7 x 7 kernel of fc6, its decimation, and the dilated kernel of conv6, to scale."""
     conv6 = make_meta_model().base.conv6
     kept = decimate(torch.arange(49).view(7, 7), (3, 3)).flatten().tolist()
     dilation, n_kept = conv6.dilation[0], conv6.kernel_size[0]
     reach = dilation * (n_kept - 1) + 1
     spread = [row * dilation * reach + column * dilation
               for row in range(n_kept) for column in range(n_kept)]
-    figure, axes = create_canvas(3.95)
-    panels = ((7, range(49), BLUE, 'fc6', '4096 filters\n7 × 7 × 512'),
-              (7, kept, BLUE, 'decimated', 'every 3rd cell,\nevery 4th filter'),
-              (reach, spread, RED, 'conv6', f'{conv6.out_channels} filters, {n_kept} × {n_kept}\n'
-                                            f'dilation {dilation}: {reach} × {reach}'))
-    for x, (n, filled, color, title, text) in zip((0.35, 3.0, 5.65), panels):
-        draw_grid(axes, x, 0.75, 2, n, color, filled)
-        if n == 7 and len(filled) == 49:    # white lines between full cells
-            axes.vlines([x + 2 / 7 * i for i in range(1, 7)], 0.75, 2.75, color='white')
-            axes.hlines([0.75 + 2 / 7 * i for i in range(1, 7)], x, x + 2, color='white')
-        axes.text(x + 1, 0.45, title, weight='bold', ha='center', color=color)
-        axes.text(x + 1, 3.0, text, ha='center', va='top')
-    for x in (2.35, 5.0):
-        draw_arrow(axes, (x, 1.75), (x + 0.65, 1.75), shrinkA=4, shrinkB=4)
-    return figure
-
-
-def draw_stacking():
-    """Draw how the rows of the six maps are concatenated to locs (P, 4) and scores (P, C)."""
-    figure, axes = create_canvas(7.6)
-    axes.text(4.9, 0.45, 'locs\n(8732, 4)', ha='center', va='center', weight='bold')
-    axes.text(6.75, 0.45, 'scores\n(8732, C)', ha='center', va='center', weight='bold')
-    axes.text(0.3, 0.45, 'cells × priors', va='center', weight='bold')
-    axes.text(2.35, 0.45, 'rows', va='center', weight='bold')
-    heights = [n_rows ** 0.22 for n_rows in count_rows()]
-    scale, top, first = 6.3 / sum(heights), 0.95, 0
-    for feature_map, n_rows, height, color in zip(FEATURE_MAPS, count_rows(), heights, COLORS):
-        height *= scale
-        middle = top + height / 2
-        for x, width in ((4.3, 1.2), (5.75, 2)):
-            axes.add_patch(Rectangle((x, top), width, height, facecolor=color, edgecolor=PAPER,
-                                     linewidth=2))
-        size, per_cell = feature_map.size, feature_map.n_priors_per_cell
-        axes.text(0.3, middle, f'{size} × {size} × {per_cell}', va='center', color=INK)
-        axes.text(2.35, middle, f'{n_rows}', va='center', ha='left', weight='bold')
-        draw_arrow(axes, (3.2, middle), (4.25, middle), color)
-        axes.text(6.75, middle, f'{first} … {first + n_rows - 1}', va='center', ha='center',
-                  color='white' if color in (BLUE, GREEN, RED) else INK)
-        top, first = top + height, first + n_rows
-    assert first == N_PRIORS, f'{first} rows, not {N_PRIORS}'
+    figure, axes = create_canvas(4.3)
+    # fc6 follows five poolings that halve the map, conv6 four: their cells are 32 and 16 pixels.
+    panels = ((7, 32, range(49), colors.blue, 'fc6', '4096 filters, 7 × 7\ncells of 32 pixels'),
+              (7, 32, kept, colors.blue, 'decimated', 'every 3rd cell,\nevery 4th filter'),
+              (reach, 16, spread, colors.red, 'conv6',
+               f'{conv6.out_channels} filters, {n_kept} × {n_kept}\ncells of 16 pixels,\n'
+               f'dilation {dilation}'))
+    for x, (n, pixels, filled, color, title, text) in zip((0.3, 2.95, 5.65), panels):
+        side = n * pixels / 106
+        draw_grid(axes, x, 0.75, side, n, color, colors.paper, filled)
+        axes.text(x + side / 2, 0.45, title, weight='bold', ha='center', color=color)
+        axes.text(x + side / 2, 3.05, text, ha='center', va='top', linespacing=1.3)
+    for x in (2.42, 5.07):
+        draw_arrow(axes, (x, 1.8), (x + 0.52, 1.8), colors.grey, shrinkA=4, shrinkB=4)
     return figure
 
 
@@ -299,58 +262,58 @@ def draw_stacking():
 # --------------------------------------------------------------------------------------------------
 
 
-def draw_overlap():
-    """Draw intersection and union of two boxes on a grid."""
-    boxes = torch.tensor([[1., 1., 6., 5.], [3., 2., 8., 7.]])
+def draw_overlap(colors):
+    """Draw intersection and union of the boxes of the example's two stars, in pixels."""
+    image, objects = draw_example()
+    boxes = to_tensors(objects)[0][[STAR_BEHIND, STAR]]
     intersection = find_intersection(boxes, boxes)[0, 1]
     union = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sum() - intersection
     iou = find_jaccard_overlap(boxes, boxes)[0, 1]
-    intersection_box = torch.cat([boxes[:, :2].amax(dim=0), boxes[:, 2:].amin(dim=0)])
+    intersection_box = torch.cat([boxes[:, :2].amax(dim=0), boxes[:, 2:].amin(dim=0)])[None]
 
-    figure, panels = create_figure(4.4, 1, 2)
-    for axes, title, filled, color in (
-            (panels[0], f'intersection: {intersection:.0f}', [intersection_box], ORANGE),
-            (panels[1], f'union: {union:.0f}', boxes, GREEN)):
-        axes.set(xlim=(0, 9), ylim=(8, 0), xticks=range(10), yticks=range(9), title=title,
-                 aspect='equal')
-        axes.grid()
-        axes.tick_params(labelbottom=False, labelleft=False, length=0)
-        axes.spines[:].set_visible(False)
-        for x_min, y_min, x_max, y_max in torch.stack(list(filled)).tolist():
-            axes.add_patch(Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, color=color))
-        for box, box_color in zip(boxes, (BLUE, RED)):
-            draw_box(axes, box, box_color, 4, zorder=3)
+    figure, panels = create_figure(4.6, 1, 2)
+    for axes, title, lit in ((panels[0], f'intersection: {intersection:.0f}', intersection_box),
+                             (panels[1], f'union: {union:.0f}', boxes)):
+        axes.imshow(image, extent=(0, image.width, image.height, 0))
+        axes.set(xlim=(50, 151), ylim=(220, 126), title=title)
+        axes.axis('off')
+        shade = torch.full((image.height, image.width), 0.6)     # on all but the lit area
+        for x_min, y_min, x_max, y_max in lit.int().tolist():
+            shade[y_min:y_max, x_min:x_max] = 0
+        axes.imshow(0 * shade.numpy(), extent=(0, image.width, image.height, 0),
+                    alpha=shade.numpy(), cmap='gray', interpolation='none')
+        for box, color in zip(boxes, (ORANGE, SKY)):
+            draw_box(axes, box, color, 4)
     figure.supxlabel(f'IoU = {intersection:.0f} / {union:.0f} = {iou:.2f}', weight='bold',
-                     color=INK, fontsize=20)
+                     color=colors.ink, fontsize=20)
     return figure
 
 
-def draw_priors_of_a_cell():
+def draw_priors_of_a_cell(colors):
     """Draw the six priors of the middle cell of conv9_2, named by their aspect ratios."""
     feature_map = next(feature_map for feature_map in FEATURE_MAPS if feature_map.name == 'conv9_2')
     priors = select_priors(feature_map.name)[2, 2]
     figure, (left, right) = create_figure(4.5, 1, 2, width_ratios=(3, 2))
-    show(left, make_example(9)[0], margin=0.01)
-    for box, color in zip(cxcy_to_xy(priors), COLORS):
+    show_example(left, margin=0.01)
+    for box, color in zip(cxcy_to_xy(priors), OVERLAYS):
         draw_box(left, box, color, 4)
-    left.plot(0.5, 0.5, 'o', color='white', markersize=10, markeredgecolor=INK)
+    left.plot(0.5, 0.5, 'o', color='white', markersize=10, markeredgecolor=RIM)
     right.axis('off')
     right.set(xlim=(0, 1), ylim=(7, 0))
     right.text(0, 0.3, 'width : height', weight='bold', va='center')
-    for row, (name, color) in enumerate(zip(name_ratios(feature_map), COLORS), 1):
+    for row, (name, color) in enumerate(zip(name_ratios(feature_map), OVERLAYS), 1):
         right.hlines(row + 0.3, 0, 0.14, color=color, linewidth=8)
         right.text(0.22, row + 0.3, name, va='center')
     return figure
 
 
-def draw_priors_of_a_map():
+def draw_priors_of_a_map(colors):
     """Draw the cells of two feature maps, their centers, and the priors of one cell of each."""
     figure, panels = create_figure(4.3, 1, 2)
-    image = make_example(9)[0]
     for axes, name, row, column in zip(panels, ('conv8_2', 'conv9_2'), (2, 2), (6, 1)):
         priors = select_priors(name)
         size = len(priors)
-        show(axes, image)
+        show_example(axes)
         axes.set(xlim=(-0.2, 1.04), ylim=(1.02, -0.1))
         lines = [i / size for i in range(size + 1)]
         axes.vlines(lines, 0, 1, color='white', linewidth=0.8)
@@ -360,7 +323,7 @@ def draw_priors_of_a_map():
         for box in cxcy_to_xy(priors[row, column]):
             draw_box(axes, box, ORANGE, 2.5)
         axes.plot(*priors[row, column, 0, :2].tolist(), 'o', color=ORANGE, markersize=10,
-                  markeredgecolor=INK)
+                  markeredgecolor=RIM)
         axes.set_title(f'{name}: {size} × {size} cells')
     return figure
 
@@ -379,33 +342,32 @@ def explain_offsets(box, prior):
     return unscaled.tolist(), (locs / unscaled).tolist(), locs.tolist()
 
 
-def draw_offsets():
+def draw_offsets(colors):
     """Draw a prior, an object, and the four offsets between them."""
-    image, boxes, _ = make_example(4)
-    box, priors = xy_to_cxcy(boxes[2]), create_prior_boxes()
-    # Of the priors that would be matched to the object, the one whose offsets are best visible.
-    overlaps = find_jaccard_overlap(boxes[2:3], cxcy_to_xy(priors))[0]
-    priors = priors[overlaps >= 0.5]
+    _, boxes, labels, _ = load_example()
+    matched, _, _ = match(boxes, labels)
+    box, priors = xy_to_cxcy(boxes[CIRCLE]), create_prior_boxes()[matched[CIRCLE]]
+    # Of the object's positive priors, the one whose offsets are best visible.
     prior = priors[cxcy_to_gcxgcy(box, priors).abs().amin(dim=1).argmax()]
 
     figure, (left, right) = create_figure(4.3, 1, 2)
-    show(left, image)
-    left.set(xlim=(0.33, 1.03), ylim=(0.67, -0.03))     # the corner where they are
+    show_example(left)
+    left.set(xlim=(0.53, 1.), ylim=(0.5, 0.03))         # the corner where they are
     draw_box(left, cxcy_to_xy(prior), SKY, 4, linestyle='--')
-    draw_box(left, boxes[2], ORANGE, 4)
+    draw_box(left, boxes[CIRCLE], ORANGE, 4)
     left.plot(*prior[:2].tolist(), 'o', color=SKY, markersize=9)
     left.plot(*box[:2].tolist(), 'o', color=ORANGE, markersize=9)
     right.axis('off')
     right.set(xlim=(0, 10), ylim=(8, 0))
-    right.text(0, 0.6, '- - prior', color=BLUE, weight='bold')
-    right.text(5.2, 0.6, '— object', color='#a87000', weight='bold')
+    right.text(0, 0.6, '- - prior', color=colors.blue, weight='bold')
+    right.text(5.2, 0.6, '— object', color=colors.orange, weight='bold')
     rows = zip(('shift x / prior width', 'shift y / prior height',
                 'log(width / prior width)', 'log(height / prior height)'),
                *explain_offsets(box, prior))
     for y, (name, unscaled, factor, loc) in enumerate(rows):
         y = 2. + 1.65 * y
         right.text(0, y, name)
-        right.text(0, y + 0.75, f'{unscaled:+.3f} × {factor:.0f} =', color=GREY)
+        right.text(0, y + 0.75, f'{unscaled:+.3f} × {factor:.0f} =', color=colors.grey)
         right.text(7.8, y + 0.75, f'{loc:+.2f}', weight='bold', ha='right', fontsize=20)
     return figure
 
@@ -419,124 +381,182 @@ def match(boxes, labels):
     """Match the priors to the objects of one image.
 
     Returns:
-        matched (O, P) bool, the priors that are matched to each object; highest (O,), the highest
-        IoU of each object with any prior; true_classes (P,).
+        matched (O, P) bool, the priors that are matched to each object; overlap (O, P), the IoU of
+        objects and priors; true_classes (P,).
     """
     criterion = MultiBoxLoss(create_prior_boxes())
     true_locs, true_classes = criterion.match([boxes], [labels])
     locs = cxcy_to_gcxgcy(xy_to_cxcy(boxes).unsqueeze(1), criterion.priors_cxcy)    # (O, P, 4)
     matched = ((true_locs - locs).abs().amax(dim=2) < 1e-5) & (true_classes > 0)    # (O, P)
-    highest = find_jaccard_overlap(boxes, criterion.priors_xy).amax(dim=1)          # (O,)
-    return matched, highest, true_classes[0]
+    return matched, find_jaccard_overlap(boxes, criterion.priors_xy), true_classes[0]
 
 
-def draw_matching():
-    """Draw the positive priors of four objects, one of which overlaps no prior by 0.5."""
-    image, boxes, labels = make_example(431)
+def draw_matching(colors):
+    """Draw each positive prior of the triangle, and four priors that overlap both stars."""
+    _, boxes, labels, _ = load_example()
+    matched, overlap, _ = match(boxes, labels)
     priors = cxcy_to_xy(create_prior_boxes())
-    matched, highest, _ = match(boxes, labels)
-    figure, panels = create_figure(9.4, 2, 2)
-    for axes, obj in zip(panels.flat, highest.argsort(descending=True)):
-        text, color = f'{int(matched[obj].sum())} priors with IoU ≥ 0.5', SKY
-        if highest[obj] < 0.5:
-            assert matched[obj].sum() == 1, f'{matched[obj].sum()} priors'
-            text, color = 'only its best prior', ORANGE
-        show(axes, image)
-        draw_box(axes, boxes[obj], 'white', 6)
-        for prior in priors[matched[obj]]:
-            draw_box(axes, prior, color, 2.5, alpha=0.9)
-        x, y = ((boxes[obj, :2] + boxes[obj, 2:]) / 2).tolist()
-        axes.set(xlim=(x - 0.23, x + 0.23), ylim=(y + 0.23, y - 0.23))
-        axes.set_title(f'{NAMES[labels[obj]]}, highest IoU {highest[obj]:.2f}:\n{text}')
+    figure = create_figure(9.6)[0]
+    figure.clear()
+    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.06)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 1.25))
+    upper.suptitle(f'the {int(matched[TRIANGLE].sum())} positive priors of the triangle, and their '
+                   'IoU', fontsize=16)
+    best_first = overlap[TRIANGLE].masked_fill(~matched[TRIANGLE], 0).argsort(descending=True)
+    for axes, prior in zip(upper.subplots(3, 4).flat, best_first.tolist()):
+        show_close_up(axes, boxes[TRIANGLE], 0.22)
+        draw_box(axes, boxes[TRIANGLE], 'white', 2.5)
+        name = name_map(prior)
+        draw_box(axes, priors[prior], SKY if name == 'conv7' else ORANGE, 3.5)
+        axes.set_title(f'{name}: {overlap[TRIANGLE, prior]:.2f}', fontsize=14)
+
+    lower.suptitle('priors of both stars: IoU with the left | right one', fontsize=16)
+    contested = (overlap[[STAR_BEHIND, STAR]] >= 0.5).all(dim=0).nonzero().flatten().tolist()
+    for axes, prior in zip(lower.subplots(1, 4), contested):
+        show_close_up(axes, boxes[[STAR_BEHIND, STAR]].mean(dim=0), 0.22)
+        for obj in (STAR_BEHIND, STAR):
+            draw_box(axes, boxes[obj], 'white', 2.5 if matched[obj, prior] else 1)
+        draw_box(axes, priors[prior], SKY, 3.5)
+        both = [f'{overlap[obj, prior]:.2f}' for obj in (STAR_BEHIND, STAR)]
+        axes.set_title(' | '.join(rf'$\bf{{{text}}}$' if matched[obj, prior] else text
+                                  for obj, text in zip((STAR_BEHIND, STAR), both)), fontsize=14)
     return figure
 
 
-def draw_hard_negatives():
-    """Draw the positives and the hard negatives of an image, for simulated scores.
+def show_close_up(axes, box, radius):
+    """Show a square part of the example around the center of a box (4,)."""
+    show_example(axes)
+    x, y = ((box[:2] + box[2:]) / 2).tolist()
+    axes.set(xlim=(x - radius, x + radius), ylim=(y + radius, y - radius))
 
-    The scores are those of a network after a little training: the score of a class grows with the
-    IoU of the prior and an object of this class, and there is noise.
+
+def draw_hard_negatives(colors):
+    """Draw where the classification loss comes from: early in training, and at its end."""
+    _, boxes, labels, _ = load_example()
+    criterion = MultiBoxLoss(create_prior_boxes())
+    _, true_classes = criterion.match([boxes], [labels])
+    figure, panels = create_figure(5.5, 1, 2)
+    for axes, name in zip(panels, ('early', 'trained')):
+        locs, scores = load_output(name)
+        loss = criterion(locs, scores, [boxes], [labels])
+        cross_entropy = F.cross_entropy(scores[0], true_classes[0], reduction='none')   # (P,)
+        hard = find_hard(scores, true_classes)[0]
+        show_example(axes)
+        for selected, color in ((true_classes[0] > 0, SKY), (hard, ORANGE)):
+            draw_losses(axes, cross_entropy * selected, color)
+        hardest = int((cross_entropy * hard).argmax())
+        draw_box(axes, criterion.priors_xy[hardest], ORANGE, 2)
+        label_boxes(axes, torch.cat([criterion.priors_xy[[hardest]], boxes]),
+                    [f'{cross_entropy[hardest]:.2f}'])
+        axes.set_title(f'after {count_iterations(name)} iterations:\nloss {loss:.2f}')
+    figure.supxlabel(f'blue: {int((true_classes > 0).sum())} positives, orange: '
+                     f'{int(hard.sum())} hard negatives\narea: their cross entropy, box: the '
+                     'hardest one', color=colors.ink)
+    return figure
+
+
+def draw_losses(axes, losses, color):
+    """Draw a circle at the center of each prior (P,), with an area in proportion to its loss."""
+    centers, cell = create_prior_boxes()[:, :2].unique(dim=0, return_inverse=True)
+    sums = torch.zeros(len(centers)).index_add(0, cell, losses)
+    axes.scatter(*centers.T.tolist(), s=(25 * sums).tolist(), color=color, alpha=0.75,
+                 edgecolor=RIM, linewidth=0.8 * (sums > 0.01).float())
+
+
+def augment(image, tensors, window=None, colors=None, mirror=False):
+    """Augment an image in a given way, in the order of `transform()`.
+
+    Args:
+        tensors: boxes in pixels, labels, difficulties.
+        window: (x_min, y_min, x_max, y_max) in pixels; None: the image.
+        colors: arguments of `distort()` that are not neutral.
+        mirror: whether to flip it.
     """
-    image, boxes, labels = make_example(10)
-    priors = cxcy_to_xy(create_prior_boxes())
-    _, _, true_classes = match(boxes, labels)
-    rng = torch.Generator().manual_seed(0)
-    scores = 0.3 * torch.randn(N_PRIORS, len(LABEL_MAP), generator=rng)
-    scores[:, 0] += 5
-    for label, overlap in zip(labels, find_jaccard_overlap(boxes, priors)):
-        scores[:, label] += 10 * overlap
-    positive = true_classes > 0
-    cross_entropy = F.cross_entropy(scores, true_classes, reduction='none')         # (P,)
-    n_hard = MultiBoxLoss(create_prior_boxes()).neg_pos_ratio * positive.sum()
-    hard = hard_negatives(cross_entropy[None], positive[None], n_hard.view(1, 1))[0]
-
-    figure, panels = create_figure(4.7, 1, 2)
-    for axes, selected, color, title in ((panels[0], positive, SKY, 'positives'),
-                                         (panels[1], hard, RED, 'hard negatives')):
-        show(axes, image)
-        for prior in priors[selected]:
-            draw_box(axes, prior, color, 1.2, alpha=0.8)
-        axes.set_title(f'{int(selected.sum())} {title}')
-    n_others = int((~positive & ~hard).sum())
-    figure.supxlabel(f'the other {n_others} priors do not count in the loss', color=INK)
-    return figure
+    window = window or (0, 0, *image.size)
+    neutral = {'brightness': 0., 'contrast': 1., 'saturation': 1., 'hue': 0.,
+               'contrast_first': True}
+    boxes, _, _ = crop(*tensors, window)
+    image = warp(image, window, lambda part: distort(part, **neutral | (colors or {})))
+    return (image.transpose(0), flip(boxes)) if mirror else (image, boxes)
 
 
-def draw_augmentation():
-    """Draw sixteen augmentations of one image."""
-    image, objects = draw_image(random.Random('figure 6'))
+def draw_augmentation(colors):
+    """Draw the original, each step of the augmentation, and all steps together, drawn at random."""
+    image, objects = draw_example()
     tensors = to_tensors(objects)
-    figure, panels = create_figure(WIDTH, 4, 4)
+    tiles = {
+        'original': {}, 'brightness': {'colors': {'brightness': 32.}},
+        'contrast': {'colors': {'contrast': 0.5}}, 'saturation': {'colors': {'saturation': 0.5}},
+        'hue': {'colors': {'hue': -18.}}, 'flip': {'mirror': True},
+        'zoom-out × 2': {'window': (-230, -60, 410, 420)},
+        'zoom-out × 4': {'window': (-300, -620, 980, 340)}}
+    for window in ((60, 20, 300, 220), (180, 0, 300, 200), (40, 60, 240, 165), (55, 120, 155, 215)):
+        iou = find_jaccard_overlap(torch.tensor([window]).float(), tensors[0]).max()
+        tiles[f'crop: IoU {iou:.2f}'] = {'window': window}
+    figure, panels = create_figure(9.4, 4, 4)
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04, wspace=0, hspace=0)
+    results = [(title, *augment(image, tensors, **how)) for title, how in tiles.items()]
     state = random.getstate()
-    for number, axes in enumerate(panels.flat):
-        random.seed(f'figure {64 + number}')    # every kind of augmentation occurs
+    for number in range(4):
+        random.seed(f'figure {number}')
         augmented, boxes, _, _ = transform(image, *tensors, 'TRAIN')
-        show(axes, augmented.permute(1, 2, 0).numpy())
+        results.append((f'at random, {number + 1}', to_array(augmented), boxes))
+    random.setstate(state)
+    for axes, (title, augmented, boxes) in zip(panels.flat, results):
+        show(axes, augmented)
+        axes.set_title(title, fontsize=14, weight='bold' if title == 'original' else 'normal',
+                       color=colors.blue if title == 'original' else colors.ink)
         for box in boxes:
             draw_box(axes, box, 'white', 1.8)
-    random.setstate(state)
     return figure
 
 
-def draw_learning_rate():
+def draw_learning_rate(colors):
     """Draw the learning rate over the iterations of the default schedule."""
     p = train.Parameters()
-    figure, (first, whole) = create_figure(3.9, 1, 2, width_ratios=(2, 3))
+    figure, (first, whole) = create_figure(3.9, 1, 2, width_ratios=(4, 5))
     for axes, iterations in ((first, range(0, 2 * p.warmup, 10)),
                              (whole, range(0, p.iterations, 100))):
         rates = [train.get_lr(i, p.lr, p.warmup, p.decay_lr_at) for i in iterations]
-        axes.plot([i / 1000 for i in iterations], rates, color=BLUE, linewidth=3.5)
+        axes.plot([i / 1000 for i in iterations], rates, color=colors.blue, linewidth=3.5)
+        axes.axvspan(0, p.warmup / 1000, color=colors.orange, alpha=0.3, linewidth=0)
         axes.grid()
-    first.set(title='warm-up', xticks=(0, 1, 2), ylim=(0, 1.1 * p.lr), yticks=(0, p.lr))
-    first.set_yticklabels(['0', f'{p.lr:g}'])
+    first.set(title='the first 2,000', xlim=(0, 2), xticks=(0, 1, 2), ylim=(0, 1.15 * p.lr),
+              yticks=(0, p.lr / 2, p.lr))
+    first.set_yticklabels(['0', f'{p.lr / 2:g}', f'{p.lr:g}'])
+    first.text(0.5, 1.05 * p.lr, 'warm-up', ha='center', weight='bold', color=colors.orange)
     whole.set(title='all iterations', yscale='log', ylim=(p.lr / 200, 2 * p.lr),
-              xticks=[i / 1000 for i in (0, *p.decay_lr_at, p.iterations)])
+              xlim=(0, None), xticks=[i / 1000 for i in (0, *p.decay_lr_at, p.iterations)])
     for drop in p.decay_lr_at:
         rate = train.get_lr(drop, p.lr, p.warmup, p.decay_lr_at)
-        whole.text(drop / 1000 - 2, 1.4 * rate, '÷ 10', ha='right', color=RED, weight='bold')
+        whole.text(drop / 1000 - 2, 1.4 * rate, '÷ 10', ha='right', color=colors.red, weight='bold')
     figure.supxlabel('iterations, in thousands')
     return figure
 
 
-def draw_training_curves(rows):
+def draw_training_curves(colors, rows):
     """Draw losses and mAP of a training run, from the rows of its log."""
     figure, (losses, scores) = create_figure(6.6, 2, 1, sharex=True, height_ratios=(3, 2))
     iterations = [row['iteration'] for row in rows]
-    for column, label, color in (('loss', 'loss', INK), ('classes', 'classification', BLUE),
-                                 ('boxes', 'localization', RED)):
+    for column, label, color in (('loss', 'loss', colors.ink),
+                                 ('classes', 'classification', colors.blue),
+                                 ('boxes', 'localization', colors.red)):
         losses.plot(iterations, [row[column] for row in rows], label=label, color=color)
     losses.set(title='loss', ylim=(0, None))
     losses.legend()
     evaluated = [row for row in rows if not math.isnan(row['mAP'])]
     scores.plot([row['iteration'] for row in evaluated], [row['mAP'] for row in evaluated], 'o-',
-                color=GREEN, markersize=9)
-    for row in evaluated[-1:]:
-        scores.annotate(f'{row["mAP"]:.2f}', (row['iteration'], row['mAP']), (0, -26),
-                        textcoords='offset points', ha='right', weight='bold')
+                color=colors.green, markersize=9 if len(evaluated) < 20 else 4)
+    # As many points are labeled as there is room for, the last one always.
+    for row in evaluated[::-1][::math.ceil(len(evaluated) / 8) or 1]:
+        scores.annotate(f'{row["mAP"]:.2f}', (row['iteration'], row['mAP']),
+                        (0, -26 if row['mAP'] > 0.3 else 12), textcoords='offset points',
+                        ha='center' if row['mAP'] > 0.3 else 'right',
+                        weight='bold' if row is evaluated[-1] else 'normal')
     scores.set(title='mAP', ylim=(0, 1.05), xlabel='iterations')
     for axes in (losses, scores):
         axes.grid()
+        axes.margins(x=0.06)
     return figure
 
 
@@ -545,43 +565,17 @@ def draw_training_curves(rows):
 # --------------------------------------------------------------------------------------------------
 
 
-def simulate_output(boxes, labels):
-    """Simulate the output of a well-trained network for one image.
-
-    Positive priors predict their object, with noise; the others predict background.
-
-    Args:
-        boxes, labels: (O, 4) in fractions and (O,).
-
-    Returns:
-        locs (1, P, 4) and scores (1, P, C).
-    """
-    rng = torch.Generator().manual_seed(1)
-    true_locs, true_classes = MultiBoxLoss(create_prior_boxes()).match([boxes], [labels])
-    locs = true_locs + 0.4 * torch.randn(true_locs.shape, generator=rng)
-    confidence = 12 + torch.randn(1, N_PRIORS, 1, generator=rng)
-    scores = confidence * F.one_hot(true_classes, len(LABEL_MAP))           # (1, P, C)
-    scores[:, :, 0] = torch.where(true_classes > 0, 10., 20.)
-    return locs, scores
-
-
-def draw_nms():
-    """Draw the detections in an image before and after non-maximum suppression."""
-    image, boxes, labels = make_example(7)
-    output, model = simulate_output(boxes, labels), make_meta_model()
-    figure, panels = create_figure(4.3, 1, 2)
-    # No IoU is above 1, so this threshold keeps all boxes.
-    for axes, title, max_overlap in zip(panels, ('before', 'after'), (1., 0.5)):
-        detections = [tensors[0] for tensors in model.detect_objects(
-            *output, min_score=0.2, max_overlap=max_overlap, top_k=200)]
-        show(axes, image, margin=0.02)
-        for box, label, score in zip(*detections):
-            draw_box(axes, box, COLORS[label], 2 if title == 'before' else 3.5)
-            if title == 'after':
-                axes.text(*((box[:2] + box[2:]) / 2).tolist(), f'{NAMES[label]}\n{score:.2f}',
-                          color='white', ha='center', va='center',
-                          path_effects=[withStroke(linewidth=4, foreground=INK)])
-        axes.set_title(f'{title}: {len(detections[0])} boxes')
+def draw_nms(colors):
+    """Draw the detections in the example before and after non-maximum suppression."""
+    figure, (left, right) = create_figure(4.5, 1, 2)
+    boxes, labels, _ = detect_in_example(max_overlap=1.)
+    show_example(left)
+    for box, label in zip(boxes, labels):
+        draw_box(left, box, OVERLAYS[label], 1.2)
+    left.set_title(f'before: {len(boxes)} boxes')
+    detections = detect_in_example(VISUALIZATION['max_overlap'])
+    draw_detections(right, *detections)
+    right.set_title(f'after: {len(detections[0])} boxes')
     return figure
 
 
@@ -620,40 +614,55 @@ def precision_recall_points(true_positive, false_positive, n_objects):
     return (n_true / n_objects).tolist(), precision.tolist(), points
 
 
-def draw_precision_recall():
+def draw_precision_recall(colors):
     """Draw precision over recall, and the eleven points whose mean is the AP."""
     matches = simulate_matches()
     recall, precision, points = precision_recall_points(*matches)
     figure, axes = create_figure(5.2)
-    axes.plot(recall, precision, color=GREY, label='after each detection')
-    axes.plot([tenth / 10 for tenth in range(11)], points, 'o', color=RED, markersize=12,
+    axes.plot(recall, precision, color=colors.grey, label='after each detection')
+    axes.plot([tenth / 10 for tenth in range(11)], points, 'o', color=colors.red, markersize=12,
               label='11 points', clip_on=False, zorder=3)
-    axes.vlines([tenth / 10 for tenth in range(11)], 0, points, color=RED, linewidth=1.2)
+    axes.vlines([tenth / 10 for tenth in range(11)], 0, points, color=colors.red, linewidth=1.2)
     axes.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.05),
              title=f'AP = mean of 11 points = {average_precision(*matches):.2f}')
     axes.legend(loc='lower left', framealpha=1)
     return figure
 
 
-PICTURES = (draw_network, draw_fc_to_conv, draw_stacking, draw_overlap, draw_priors_of_a_cell,
-            draw_priors_of_a_map, draw_offsets, draw_matching, draw_hard_negatives,
-            draw_augmentation, draw_learning_rate, draw_nms, draw_precision_recall)
+PICTURES = {
+    'example': draw_example_picture, 'network': draw_network, 'fc_to_conv': draw_fc_to_conv,
+    'overlap': draw_overlap, 'priors_of_a_cell': draw_priors_of_a_cell,
+    'priors_of_a_map': draw_priors_of_a_map, 'offsets': draw_offsets, 'matching': draw_matching,
+    'hard_negatives': draw_hard_negatives, 'augmentation': draw_augmentation,
+    'learning_rate': draw_learning_rate, 'nms': draw_nms,
+    'precision_recall': draw_precision_recall}
+
+
+def draw_all(pictures, colors, folder):
+    """Draw pictures for a page of given colors into a folder.
+
+    Args:
+        pictures: {name of the file: function that draws a figure}
+    """
+    make_folder(folder)
+    with page_style(colors):
+        for name, draw in pictures.items():
+            save(draw(colors), folder / f'{name}.png', colors.paper)
 
 
 @exit_on_user_error
 def main(parameters):
-    """Draw all pictures into the output folder."""
-    folder = make_folder(parameters.output_folder)
-    pictures = {draw.__name__.removeprefix('draw_'): draw for draw in PICTURES}
+    """Draw all pictures into the output folder, and those for dark pages into its folder dark."""
+    folder = pathlib.Path(parameters.output_folder)
+    pictures = dict(PICTURES)
     rows = read_log(pathlib.Path(parameters.log))
     if rows:
-        pictures['training_curves'] = lambda: draw_training_curves(rows)
+        pictures['training_curves'] = lambda colors: draw_training_curves(colors, rows)
     else:
         print(f'note: training_curves.png is left out: {parameters.log} has no rows')
-    with matplotlib.style.context(['default', STYLE]):
-        for name, draw in pictures.items():
-            save(draw(), folder / f'{name}.png')
-    print(f'{len(pictures)} pictures drawn in {folder}')
+    draw_all(pictures, LIGHT, folder)
+    draw_all(pictures, DARK, folder / 'dark')
+    print(f'{len(pictures)} pictures drawn in {folder}, for light and dark pages')
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support.drawing import draw_objects
+from support.drawing import draw_objects, place_labels
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -34,11 +34,11 @@ def test_label_stays_inside_the_image():
     boxes = [[250., 0, 300, 40], [0., 150, 30, 200]]
     image = draw((300, 200), boxes, ['diningtable', 'tvmonitor'],
                  {'diningtable': '#ff0000', 'tvmonitor': '#0000ff'})
-    assert count(image.crop((180, 0, 250, 12)), RED) > 100, 'not moved to the left of the box'
+    assert count(image.crop((180, 40, 250, 52)), RED) > 100, 'not moved to the left of the box'
     # In an image with room to the right, the label is whole: as many pixels have its color here.
     wide = draw((500, 200), boxes, ['diningtable', 'tvmonitor'],
                 {'diningtable': '#ff0000', 'tvmonitor': '#0000ff'})
-    labels = [picture.crop((0, 0, picture.width, 12)) for picture in (image, wide)]
+    labels = [picture.crop((0, 41, picture.width, 54)) for picture in (image, wide)]
     assert count(labels[0], RED) == pytest.approx(count(labels[1], RED), abs=40)
 
 
@@ -50,12 +50,26 @@ def test_no_box_crosses_a_label():
     assert image.getpixel((101, 30)) == BLUE and image.getpixel((90, 30)) == RED
 
 
-def test_more_confident_label_is_on_top():
+def test_labels_of_equal_boxes_do_not_cover_each_other_and_the_more_confident_box_is_on_top():
     boxes = [[50., 60., 120., 130.]] * 2
     colors = {'dog': '#ff0000', 'cat': '#0000ff'}
-    for labels, color in ((['dog', 'cat'], RED), (['cat', 'dog'], BLUE)):
+    for labels, color, other in ((['dog', 'cat'], RED, BLUE), (['cat', 'dog'], BLUE, RED)):
         image = draw((200, 150), boxes, labels, colors)
         assert image.getpixel((50, 50)) == image.getpixel((50, 100)) == color
+        assert image.getpixel((51, 131)) == other, 'not below the box'
+
+
+def test_labels_avoid_boxes_and_stay_inside():
+    """A dog whose label would cover a cat above it, and one at the upper border."""
+    boxes = torch.tensor([[50., 60, 120, 130], [40., 30, 130, 58], [150., 2, 190, 50]])
+    places = place_labels(boxes, [(60, 13)] * 3, (200, 150))
+    assert places == [(50, 130), (40, 17), (140, 50)]
+
+
+def test_labels_choose_the_place_that_covers_least():
+    """In a box that fills the image all places cover it; the other box decides."""
+    boxes = torch.tensor([[0., 0, 200, 150], [0., 0, 100, 20]])
+    assert place_labels(boxes, [(60, 13)], (200, 150)) == [(140, 0)]
 
 
 def test_text_contrasts_with_its_label():
