@@ -1,8 +1,8 @@
-"""Test that the README fits the code: its Python runs, what it names exists, its links resolve.
+"""Test that README and manual fit the code: Python runs, what is named exists, links resolve.
 
 In a Python block the output of a line that begins with `print(` follows it as a comment. The blocks
-run in order in one namespace, in a folder with the files that they open: photo.jpg, and checkpoints
-of random weights. Names and options are read from the source, without importing it.
+of a page run in order in one namespace, in a folder with the files that they open: photo.jpg, and
+checkpoints of random weights. Names and options are read from the source, without importing it.
 """
 
 import ast
@@ -21,9 +21,11 @@ from support.checkpoints import save_checkpoint
 from utils import label_map
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')
+         for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
+README, MANUAL = PAGES['README.md'], PAGES['docs/manual.md']
 FENCED_BLOCK = re.compile(r'^( *)```(\w*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
-PROSE = FENCED_BLOCK.sub('', TEXT)
+PROSE = FENCED_BLOCK.sub('', README + MANUAL)
 IN_BACKTICKS = re.findall(r'`([^`\n]+)`', PROSE)
 
 # Python files by their path in the repository, without suffix: 'train', 'tools/shapes'.
@@ -42,10 +44,10 @@ def model():
     return SSD300(len(label_map))
 
 
-def blocks(language):
+def blocks(language, text):
     """Return the fenced blocks of a language, without the indentation of a list."""
     return [''.join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
-            for indent, kind, body in FENCED_BLOCK.findall(TEXT) if kind == language]
+            for indent, kind, body in FENCED_BLOCK.findall(text) if kind == language]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,19 +61,20 @@ def expected_output(block):
             if line.startswith('print(')]
 
 
-def test_python_blocks_print_their_comments(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(('page', 'at_least'), [('README.md', 10), ('docs/manual.md', 2)])
+def test_python_blocks_print_their_comments(page, at_least, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Image.Image, 'show', lambda image, *args: None)
     Image.effect_noise((120, 90), 80).convert('RGB').save('photo.jpg')
     save_checkpoint('random.pth.tar', model=model.state_dict(), label_map=label_map)
-    for name in set(re.findall(r'[\w.]+\.pth\.tar', TEXT)):
+    for name in set(re.findall(r'[\w.]+\.pth\.tar', README + MANUAL)):
         os.link('random.pth.tar', name)
     detect.default_model.cache_clear()
     namespace = {}
-    python = blocks('python')
-    assert len(python) > 10
+    python = blocks('python', PAGES[page])
+    assert len(python) >= at_least
     for block in python:
-        exec(compile(block, 'README.md', 'exec'), namespace)
+        exec(compile(block, page, 'exec'), namespace)
         assert capsys.readouterr().out.splitlines() == expected_output(block), block
     detect.default_model.cache_clear()
 
@@ -102,7 +105,8 @@ def find_script(words):
 
 def command_lines():
     """Return the words of each command in the shell blocks, and of commands in backticks."""
-    lines = [line for block in blocks('bash') for line in block.splitlines()]
+    bash = [block.replace('\\\n', '') for text in PAGES.values() for block in blocks('bash', text)]
+    lines = [line for block in bash for line in block.splitlines()]
     lines += [code for code in IN_BACKTICKS if code.startswith(('python ', 'make '))]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -198,21 +202,27 @@ def test_names_are_in_the_file_given_with_them():
 # --------------------------------------------------------------------------------------------------
 
 
-def anchors():
-    """Return the anchors that GitHub gives to the headings."""
-    headings = re.findall(r'^#{1,6} (.+)$', PROSE, re.MULTILINE)
+def anchors(page):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r'^#{1,6} (.+)$', FENCED_BLOCK.sub('', PAGES[page]), re.MULTILINE)
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-def test_links_resolve():
-    links = re.findall(r'(?<!!)\[[^]]+\]\(([^)\s]+)\)', PROSE)
-    assert len(links) > 20
-    for link in links:
+@pytest.mark.parametrize('page', PAGES)
+def test_links_resolve(page):
+    for link in re.findall(r'(?<!!)\[[^]]+\]\(([^)\s]+)\)', FENCED_BLOCK.sub('', PAGES[page])):
+        if link.startswith('https://'):
+            continue
         path, _, anchor = link.partition('#')
-        if link.startswith('#'):
-            assert anchor in anchors(), link
-        elif not link.startswith('https://'):
-            assert (ROOT / path).exists(), link
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), link
+
+
+def test_the_manual_is_linked_and_every_page_of_docs_is_reachable():
+    linked = set(re.findall(r'\]\((docs/\w+\.md)[#)]', README))
+    assert linked >= set(PAGES) - {'README.md'}
 
 
 def test_pictures_exist_and_have_an_alternative_text():
@@ -225,7 +235,7 @@ def test_pictures_exist_and_have_an_alternative_text():
 
 
 def test_table_of_priors_is_that_of_the_code():
-    table = TEXT.partition('\n## Priors\n')[2].partition('\n## ')[0]
+    table = README.partition('\n## Priors\n')[2].partition('\n## ')[0]
     for feature_map in FEATURE_MAPS:
         row = re.search(rf'^\| {feature_map.name} \|(.*)\|$', table, re.MULTILINE)[1]
         size, scale, _, per_cell, n_priors = (cell.strip() for cell in row.split('|'))
@@ -246,7 +256,7 @@ def test_receptive_fields_are_those_of_the_layers(model):
         step *= stride
         if isinstance(layer, nn.Conv2d):
             fields[name] = field, field + 2 * step      # of a cell, and of a 3x3 kernel on it
-    table = TEXT.partition('receptive field |')[2].partition('\n\n')[0]
+    table = README.partition('receptive field |')[2].partition('\n\n')[0]
     rows = re.findall(r'^\| (conv\w+) .* (\d+) \| (\d+) \|$', table, re.MULTILINE)
     assert len(rows) == len(FEATURE_MAPS)
     for name, of_cell, of_kernel in rows:
