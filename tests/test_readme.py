@@ -13,11 +13,13 @@ import shlex
 import textwrap
 
 import pytest
+import torch
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import detect
-from model import FEATURE_MAPS, SSD300
+from model import FEATURE_MAPS, SSD300, SSD512
 from support.checkpoints import save_checkpoint
 from utils import label_map
 
@@ -288,23 +290,27 @@ def test_lines_of_the_files_are_about_right():
         assert abs(int(lines) - n_lines) < 0.05 * n_lines, f'{files}: {n_lines} lines'
 
 
-def test_fraction_of_detected_objects_is_that_of_the_evaluation():
+def test_numbers_in_sentences():
+    text = ' '.join(README.split())
     table = re.findall(r'^\w+ +0[\d.]+ +0[\d.]+ +(\d+) +\d+ +\d+ +(0[\d.]+)$', MANUAL,
                        re.MULTILINE)
     n_objects = sum(int(objects) for objects, _ in table)
     n_detected = sum(int(objects) * float(recall) for objects, recall in table)
     assert n_objects == 414
-    assert f'finds {n_detected / n_objects:.0%} of the objects'.replace('%', ' %') in README
+    assert f'finds {100 * n_detected / n_objects:.0f} % of the objects' in text
 
+    maps = {feature_map.name: feature_map for feature_map in FEATURE_MAPS}
+    for ratio, words in ((3, '{} and {} of its 300 pixels'), (2, '{} and {} pixels, to 300')):
+        assert words.format(*(round(300 * maps[name].scale * ratio ** 0.5)
+                              for name in ('conv10_2', 'conv11_2'))) in text
+    assert f'add {2 * maps["conv4_3"].size ** 2:,} priors' in text
 
-def test_numbers_of_priors_that_are_too_wide():
-    table = {feature_map.name: feature_map for feature_map in FEATURE_MAPS}
-    widths = [round(300 * table[name].scale * ratio ** 0.5)
-              for ratio in (3, 2) for name in ('conv10_2', 'conv11_2')]
-    assert widths == [377, 468, 308, 382]
-    assert '377\nand 468' in README
-    assert '308 and 382' in README
-    assert f'{2 * table["conv4_3"].size ** 2:,} priors' in README
+    flop = []
+    for network in (SSD512, SSD300):
+        with torch.device('meta'), FlopCounterMode(display=False) as counter:
+            network(21)(torch.zeros(1, 3, network.input_size, network.input_size))
+        flop.append(counter.get_total_flops() / 1e9)
+    assert f'{flop[0]:.0f} GFLOP in place of {flop[1]:.1f}' in text
 
 
 def test_receptive_fields_are_those_of_the_layers(model):
