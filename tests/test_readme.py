@@ -1,6 +1,7 @@
 """Test that README and manual fit the code: Python runs, what is named exists, links resolve.
 
-In a Python block the output of a line that begins with `print(` follows it as a comment. The blocks
+A block of the language py quotes a file: whole lines, `...` for omissions. In one of the language
+python the output of a line that begins with `print(` follows it as a comment. The python blocks
 of a page run in order in one namespace, in a folder with the files that they open: photo.jpg, and
 checkpoints of random weights. Names and options are read from the source, without importing it.
 """
