@@ -1,8 +1,9 @@
-"""Test that the README fits the code: its Python runs, what it names exists, its links resolve.
+"""Test that README and manual fit the code: Python runs, what is named exists, links resolve.
 
-In a Python block the output of a line that begins with `print(` follows it as a comment. The blocks
-run in order in one namespace, in a folder with the files that they open: photo.jpg, and checkpoints
-of random weights. Names and options are read from the source, without importing it.
+A block of the language py quotes a file: whole lines, `...` for omissions. In one of the language
+python the output of a line that begins with `print(` follows it as a comment. The python blocks
+of a page run in order in one namespace, in a folder with the files that they open: photo.jpg, and
+checkpoints of random weights. Names and options are read from the source, without importing it.
 """
 
 import ast
@@ -10,20 +11,25 @@ import os
 import pathlib
 import re
 import shlex
+import textwrap
 
 import pytest
+import torch
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import detect
-from model import FEATURE_MAPS, N_PRIORS, SSD300
+from model import FEATURE_MAPS, SSD300, SSD512
 from support.checkpoints import save_checkpoint
 from utils import label_map
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TEXT = (ROOT / 'README.md').read_text(encoding='utf-8')
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')
+         for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))}
+README, MANUAL = PAGES['README.md'], PAGES['docs/manual.md']
 FENCED_BLOCK = re.compile(r'^( *)```(\w*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
-PROSE = FENCED_BLOCK.sub('', TEXT)
+PROSE = FENCED_BLOCK.sub('', README + MANUAL)
 IN_BACKTICKS = re.findall(r'`([^`\n]+)`', PROSE)
 
 # Python files by their path in the repository, without suffix: 'train', 'tools/shapes'.
@@ -42,10 +48,10 @@ def model():
     return SSD300(len(label_map))
 
 
-def blocks(language):
+def blocks(language, text):
     """Return the fenced blocks of a language, without the indentation of a list."""
     return [''.join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
-            for indent, kind, body in FENCED_BLOCK.findall(TEXT) if kind == language]
+            for indent, kind, body in FENCED_BLOCK.findall(text) if kind == language]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,19 +65,20 @@ def expected_output(block):
             if line.startswith('print(')]
 
 
-def test_python_blocks_print_their_comments(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(('page', 'at_least'), [('README.md', 10), ('docs/manual.md', 2)])
+def test_python_blocks_print_their_comments(page, at_least, model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Image.Image, 'show', lambda image, *args: None)
     Image.effect_noise((120, 90), 80).convert('RGB').save('photo.jpg')
     save_checkpoint('random.pth.tar', model=model.state_dict(), label_map=label_map)
-    for name in set(re.findall(r'[\w.]+\.pth\.tar', TEXT)):
+    for name in set(re.findall(r'[\w.]+\.pth\.tar', README + MANUAL)):
         os.link('random.pth.tar', name)
     detect.default_model.cache_clear()
     namespace = {}
-    python = blocks('python')
-    assert len(python) > 10
+    python = blocks('python', PAGES[page])
+    assert len(python) >= at_least
     for block in python:
-        exec(compile(block, 'README.md', 'exec'), namespace)
+        exec(compile(block, page, 'exec'), namespace)
         assert capsys.readouterr().out.splitlines() == expected_output(block), block
     detect.default_model.cache_clear()
 
@@ -102,7 +109,8 @@ def find_script(words):
 
 def command_lines():
     """Return the words of each command in the shell blocks, and of commands in backticks."""
-    lines = [line for block in blocks('bash') for line in block.splitlines()]
+    bash = [block.replace('\\\n', '') for text in PAGES.values() for block in blocks('bash', text)]
+    lines = [line for block in bash for line in block.splitlines()]
     lines += [code for code in IN_BACKTICKS if code.startswith(('python ', 'make '))]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -123,6 +131,39 @@ def test_make_targets_exist():
     named = {words[1] for words in command_lines() if words[0] == 'make' and len(words) > 1}
     assert named
     assert named <= targets
+
+
+def find_lines(lines, source, first):
+    """Return the index after the place of consecutive lines in a source, whatever the indentation.
+
+    Args:
+        lines, source: lists of lines.
+        first: index to search from.
+    """
+    for start in range(first, len(source) - len(lines) + 1):
+        there = source[start:start + len(lines)]
+        if textwrap.dedent('\n'.join(there)) == textwrap.dedent('\n'.join(lines)):
+            return start + len(lines)
+    raise AssertionError(f'not in the source from line {first + 1} on: {lines}')
+
+
+def test_quotes_are_the_source():
+    quotes = blocks('py', README)
+    assert len(quotes) > 10
+    for quote in quotes:
+        heading, _, body = quote.partition('\n')
+        name, function = re.fullmatch(r'# (\w+\.py)(?:, ([\w.]+)\(\))?', heading).groups()
+        source = (ROOT / name).read_text('utf-8').splitlines()
+        place = 0
+        if function:
+            assert function in defined_names(), function
+            place = source.index(next(line for line in source if line.lstrip().startswith(
+                f'def {function.rpartition(".")[2]}(')))
+            if '.' in function:     # of several forward(), that of the class
+                place = source.index(next(line for line in source if line.startswith(
+                    f'class {function.partition(".")[0]}(')))
+        for part in re.split(r'^ *\.\.\.\n', body, flags=re.MULTILINE):
+            place = find_lines(part.splitlines(), source, place)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,7 +212,7 @@ def test_names_in_backticks_exist():
             continue
         assert exists, code
         n_checked += 1
-    assert n_checked > 60
+    assert n_checked > 50
 
 
 def test_options_in_backticks_exist():
@@ -198,42 +239,79 @@ def test_names_are_in_the_file_given_with_them():
 # --------------------------------------------------------------------------------------------------
 
 
-def anchors():
-    """Return the anchors that GitHub gives to the headings."""
-    headings = re.findall(r'^#{1,6} (.+)$', PROSE, re.MULTILINE)
+def anchors(page):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r'^#{1,6} (.+)$', FENCED_BLOCK.sub('', PAGES[page]), re.MULTILINE)
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-def test_links_resolve():
-    links = re.findall(r'(?<!!)\[[^]]+\]\(([^)\s]+)\)', PROSE)
-    assert len(links) > 20
-    for link in links:
+@pytest.mark.parametrize('page', PAGES)
+def test_links_resolve(page):
+    for link in re.findall(r'(?<!!)\[[^]]+\]\(([^)\s]+)\)', FENCED_BLOCK.sub('', PAGES[page])):
+        if link.startswith('https://'):
+            continue
         path, _, anchor = link.partition('#')
-        if link.startswith('#'):
-            assert anchor in anchors(), link
-        elif not link.startswith('https://'):
-            assert (ROOT / path).exists(), link
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), link
 
 
-def test_pictures_exist_and_have_an_alternative_text():
+def test_the_manual_is_linked_and_every_page_of_docs_is_reachable():
+    linked = set(re.findall(r'\]\((docs/\w+\.md)[#)]', README))
+    assert linked >= set(PAGES) - {'README.md'}
+
+
+def test_pictures_exist_for_light_and_dark_and_have_an_alternative_text():
     pictures = re.findall(r'!\[([^]]*)\]\(([^)\s]+)\)', PROSE)
-    assert pictures
-    for text, path in pictures:
-        assert len(text) > 20, path
+    pictures += re.findall(r'<img alt="([^"]*)" src="([^"]+)">', PROSE)
+    dark = re.findall(r'<source media="\(prefers-color-scheme:dark\)" srcset="([^"]+)">', PROSE)
+    assert len(dark) == len(pictures) - 1   # all but the photos at the top
+    for text, path in [*pictures, *(('', path) for path in dark)]:
+        assert path in dark or len(text) > 20, path
         with Image.open(ROOT / path) as picture:
             picture.verify()
 
 
-def test_table_of_priors_is_that_of_the_code():
-    table = TEXT.partition('\n## Priors\n')[2].partition('\n## ')[0]
-    for feature_map in FEATURE_MAPS:
-        row = re.search(rf'^\| {feature_map.name} \|(.*)\|$', table, re.MULTILINE)[1]
-        size, scale, _, per_cell, n_priors = (cell.strip() for cell in row.split('|'))
-        assert size == f'{feature_map.size} x {feature_map.size}'
-        assert float(scale) == feature_map.scale
-        assert int(per_cell) == feature_map.n_priors_per_cell
-        assert int(n_priors) == feature_map.size ** 2 * feature_map.n_priors_per_cell
-    assert f'**{N_PRIORS}**' in table
+# --------------------------------------------------------------------------------------------------
+# Numbers
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_tutorial_is_read_in_an_evening():
+    assert len(README.split()) <= 6500
+
+
+def test_lines_of_the_files_are_about_right():
+    rows = re.findall(r'^\| (`\w+\.py`.*) \| .* \| (\d+) \|$', README, re.MULTILINE)
+    assert len(rows) == 6
+    for files, lines in rows:
+        n_lines = sum(len((ROOT / name).read_text('utf-8').splitlines())
+                      for name in re.findall(r'`([^`]+)`', files))
+        assert abs(int(lines) - n_lines) < 0.05 * n_lines, f'{files}: {n_lines} lines'
+
+
+def test_numbers_in_sentences():
+    text = ' '.join(README.split())
+    table = re.findall(r'^\w+ +0[\d.]+ +0[\d.]+ +(\d+) +\d+ +\d+ +(0[\d.]+)$', MANUAL,
+                       re.MULTILINE)
+    n_objects = sum(int(objects) for objects, _ in table)
+    n_detected = sum(int(objects) * float(recall) for objects, recall in table)
+    assert n_objects == 414
+    assert f'finds {100 * n_detected / n_objects:.0f} % of the objects' in text
+
+    maps = {feature_map.name: feature_map for feature_map in FEATURE_MAPS}
+    for ratio, words in ((3, '{} and {} of its 300 pixels'), (2, '{} and {} pixels, to 300')):
+        assert words.format(*(round(300 * maps[name].scale * ratio ** 0.5)
+                              for name in ('conv10_2', 'conv11_2'))) in text
+    assert f'add {2 * maps["conv4_3"].size ** 2:,} priors' in text
+
+    flop = []
+    for network in (SSD512, SSD300):
+        with torch.device('meta'), FlopCounterMode(display=False) as counter:
+            network(21)(torch.zeros(1, 3, network.input_size, network.input_size))
+        flop.append(counter.get_total_flops() / 1e9)
+    assert f'{flop[0]:.0f} GFLOP in place of {flop[1]:.1f}' in text
 
 
 def test_receptive_fields_are_those_of_the_layers(model):
@@ -246,8 +324,8 @@ def test_receptive_fields_are_those_of_the_layers(model):
         step *= stride
         if isinstance(layer, nn.Conv2d):
             fields[name] = field, field + 2 * step      # of a cell, and of a 3x3 kernel on it
-    table = TEXT.partition('receptive field |')[2].partition('\n\n')[0]
-    rows = re.findall(r'^\| (conv\w+) .* (\d+) \| (\d+) \|$', table, re.MULTILINE)
+    table = README.partition('receptive field |')[2].partition('\n\n')[0]
+    rows = re.findall(r'^\| (conv\w+) \| (\d+) \| (\d+) \|$', table, re.MULTILINE)
     assert len(rows) == len(FEATURE_MAPS)
     for name, of_cell, of_kernel in rows:
         assert (int(of_cell), int(of_kernel)) == fields[name]
