@@ -1,4 +1,4 @@
-// Draw boxes and labels as support/drawing.py does.
+// Draw boxes and labels as support/drawing.py does, but each label above its box.
 
 // The color of a class (see `distinct_colors` in utils.py): steps of the golden ratio around the
 // color wheel. Returns levels from 0 to 255.
