@@ -184,6 +184,7 @@ def adapt_links(content, page, addresses, output):
     folder = posixpath.dirname(page)
 
     def adapt(match):
+        """Return the attribute with the address of the site."""
         attribute, path, anchor = match.groups()
         target = posixpath.normpath(posixpath.join('/', folder, path)).lstrip('/')
         source = ROOT / target
