@@ -46,6 +46,8 @@ LINK = re.compile(r'(?<=\]\()([^()\s#]*)(#[^()\s]+)?(?=\))')
 class Parameters:
     """Write the tutorial as a notebook."""
 
+    # The Markdown file; its links are relative to the repository's folder.
+    text: str = str(ROOT / 'README.md')
     # File for the notebook.
     output: str = str(FOLDER / 'tutorial.ipynb')
 
@@ -53,7 +55,7 @@ class Parameters:
 @exit_on_user_error
 def main(parameters):
     """Make the notebook, run it and write it."""
-    notebook = make_notebook((ROOT / 'README.md').read_text(encoding='utf-8'))
+    notebook = make_notebook(pathlib.Path(parameters.text).read_text(encoding='utf-8'))
     # Without the kernel's warning that its connection, within this computer, is not encrypted.
     NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True,
                    extra_arguments=['--log-level=ERROR'],

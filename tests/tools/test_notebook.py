@@ -7,7 +7,7 @@ import nbformat
 from tools import notebook
 
 TEXT = '''# A title, a comma
-See [below](#more-text), [manual](docs/manual.md#detecting), [code](model.py), [paper](https://a.org).
+See [below](#more-text), [page](docs/web.md#how), [code](model.py), [paper](https://a.org).
 
 ```math
 a = b
@@ -40,8 +40,8 @@ def test_blocks_become_cells_and_text_stays():
     assert [cell.cell_type for cell in cells] == ['markdown', 'code', 'markdown', 'markdown']
     first, code, item, last = cells
     assert first.source.startswith(
-        '# A title, a comma\nSee [below](#More-text), [manual](manual.md#detecting), '
-        '[code](../model.py), [paper](https://a.org).\n\n$$\na = b\n$$\n')
+        '# A title, a comma\nSee [below](#More-text), [page](web.md#how), [code](../model.py), '
+        '[paper](https://a.org).\n\n$$\na = b\n$$\n')
     assert 'layers[name](feats)' in first.source
     assert code.source == 'x = 1\nprint(x)    # 1'
     assert item.source.startswith('* A list:')
@@ -54,7 +54,7 @@ def test_blocks_become_cells_and_text_stays():
 
 def test_notebook_runs_and_is_that_of_the_readme(tmp_path):
     path = tmp_path / 'tutorial.ipynb'
-    notebook.main(notebook.Parameters(str(path)))
+    notebook.main(notebook.Parameters(output=str(path)))
     written, kept = (nbformat.read(file, 4) for file in (path, notebook.FOLDER / 'tutorial.ipynb'))
     nbformat.validate(written)
     for cell, kept_cell in zip(written.cells, kept.cells):
