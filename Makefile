@@ -1,6 +1,9 @@
 # make demo    sets up .venv, draws a data set, trains, evaluates, and writes an annotated image
 # make test    sets up .venv, runs the linter and the tests
 # make figures sets up .venv, draws the pictures of the README into img/
+# make notebook runs the README's Python blocks as docs/tutorial.ipynb, with their outputs
+# make site    builds README, manual and modules as static pages in site/; after make demo with the
+#              page of web/
 # make web     exports the network of make demo, fetches the browser's runtime, and serves the page of
 #              web/ at http://127.0.0.1:8000/
 #
@@ -13,7 +16,7 @@ BIN := .venv/bin
 # training step on a CPU 10 to 45 %. With these settings it keeps the memory.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: demo test figures web setup
+.PHONY: demo test figures notebook site web setup
 
 setup: .venv/installed
 
@@ -41,6 +44,13 @@ test: setup
 
 figures: setup
 	$(BIN)/python -m tools.figures
+
+notebook: setup
+	$(BIN)/python -m tools.notebook
+
+site: setup $(if $(wildcard demo/checkpoint.pth.tar),web/model.onnx)
+	rm -rf site
+	$(BIN)/python -m tools.site
 
 web: setup web/model.onnx
 	$(BIN)/python -m tools.web
