@@ -182,8 +182,8 @@ def test_iteration_is_a_number(iteration, tmp_path, capsys):
     assert 'net.best.pth.tar' in capsys.readouterr().out
 
 
-SETTINGS = {'optimizer': 'sgd', 'batch_norm': False, 'priors': 'voc', 'precision': 'float32',
-            'seed': 0, 'lr': 1e-3}
+SETTINGS = {'network': 'ssd300', 'optimizer': 'sgd', 'batch_norm': False, 'priors': 'voc',
+            'precision': 'float32', 'seed': 0, 'lr': 1e-3}
 
 
 def make_run(weight_decay=5e-4):
