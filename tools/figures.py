@@ -68,7 +68,6 @@ from utils import (
     find_intersection,
     find_jaccard_overlap,
     flip,
-    match_detections,
     transform,
     warp,
     xy_to_cxcy,
@@ -579,25 +578,10 @@ def draw_nms(colors):
     return figure
 
 
-def simulate_matches():
-    """Simulate 30 detections of one class in ten images and match them to the ground truth.
-
-    Returns:
-        true_positive (D,) and false_positive (D,) bool, by falling score, and the number of
-        objects: the first arguments of `average_precision()`.
-    """
-    rng = torch.Generator().manual_seed(3)
-    corners = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]])
-    true_boxes, true_image = corners.repeat(10, 1), torch.arange(10).repeat_interleave(2)
-    # One detection near each object, and one in each image where there is no object.
-    near = true_boxes + 0.045 * torch.randn(20, 4, generator=rng)
-    far = torch.tensor([0.55, 0.05, 0.95, 0.4]).repeat(10, 1)
-    boxes, image = torch.cat([near, far]), torch.cat([true_image, torch.arange(10)])
-    scores = torch.rand(30, generator=rng) + torch.tensor([0.45] * 20 + [0.] * 10)
-    order = scores.argsort(descending=True)
-    true_positive, false_positive, _ = match_detections(
-        image[order], boxes[order], true_image, true_boxes, torch.zeros(20, dtype=torch.bool))
-    return true_positive, false_positive, 20
+# The example by hand of the README: which of six detections, by falling score, are true positives
+# and false positives, and the number of objects.
+MATCHES = (torch.tensor([True, True, False, True, False, True]),
+           torch.tensor([False, False, True, False, True, False]), 5)
 
 
 def precision_recall_points(true_positive, false_positive, n_objects):
@@ -616,15 +600,14 @@ def precision_recall_points(true_positive, false_positive, n_objects):
 
 def draw_precision_recall(colors):
     """Draw precision over recall, and the eleven points whose mean is the AP."""
-    matches = simulate_matches()
-    recall, precision, points = precision_recall_points(*matches)
+    recall, precision, points = precision_recall_points(*MATCHES)
     figure, axes = create_figure(5.2)
-    axes.plot(recall, precision, color=colors.grey, label='after each detection')
+    axes.plot(recall, precision, 's-', color=colors.grey, label='after each of 6 detections')
     axes.plot([tenth / 10 for tenth in range(11)], points, 'o', color=colors.red, markersize=12,
               label='11 points', clip_on=False, zorder=3)
     axes.vlines([tenth / 10 for tenth in range(11)], 0, points, color=colors.red, linewidth=1.2)
     axes.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.05),
-             title=f'AP = mean of 11 points = {average_precision(*matches):.2f}')
+             title=f'AP = mean of 11 points = {average_precision(*MATCHES):.2f}')
     axes.legend(loc='lower left', framealpha=1)
     return figure
 
