@@ -67,8 +67,7 @@ class PascalVOCDataset(Dataset):
             easy = ~difficulties
             boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
         split = self.split if self.augment else 'TEST'
-        return transform(image, boxes, labels, difficulties, split, self.antialias,
-                         self.size)
+        return transform(image, boxes, labels, difficulties, split, self.antialias, self.size)
 
 
 # --------------------------------------------------------------------------------------------------

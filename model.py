@@ -732,38 +732,27 @@ FEATURE_MAPS_512 = (
 SCALES_512 = (*(feature_map.scale for feature_map in FEATURE_MAPS_512), 1.05)
 
 
-class AuxiliaryConvolutions512(nn.Module):
-    """Five pairs of convolutions after the base; all but the last halve the map."""
+class AuxiliaryConvolutions512(AuxiliaryConvolutions):
+    """The auxiliary convolutions with a fifth pair; all but the last pair halve the map."""
 
     def __init__(self):
         super().__init__()
-        self.conv8_1 = nn.Conv2d(1024, 256, kernel_size=1)
-        self.conv8_2 = nn.Conv2d(256, 512, kernel_size=3, stride=2, padding=1)
-
-        self.conv9_1 = nn.Conv2d(512, 128, kernel_size=1)
-        self.conv9_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
-
-        self.conv10_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv10_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
-
-        self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
 
         self.conv12_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv12_2 = nn.Conv2d(128, 256, kernel_size=4, padding=1)
 
-        for layer in self.children():
+        for layer in (self.conv10_2, self.conv11_2, self.conv12_1, self.conv12_2):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, conv7_feats):
         """Compute the feature maps conv8_2 to conv12_2 from conv7_feats (N, 1024, 32, 32)."""
-        conv8_2_feats = F.relu(self.conv8_2(F.relu(self.conv8_1(conv7_feats))))         # 16 x 16
-        conv9_2_feats = F.relu(self.conv9_2(F.relu(self.conv9_1(conv8_2_feats))))       # 8 x 8
-        conv10_2_feats = F.relu(self.conv10_2(F.relu(self.conv10_1(conv9_2_feats))))    # 4 x 4
-        conv11_2_feats = F.relu(self.conv11_2(F.relu(self.conv11_1(conv10_2_feats))))   # 2 x 2
-        conv12_2_feats = F.relu(self.conv12_2(F.relu(self.conv12_1(conv11_2_feats))))   # 1 x 1
-        return conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats, conv12_2_feats
+        feature_maps = super().forward(conv7_feats)     # of 16, 8, 4 and 2 cells per side
+        out = F.relu(self.conv12_1(feature_maps[-1]))   # (N, 128, 2, 2)
+        conv12_2_feats = F.relu(self.conv12_2(out))     # (N, 256, 1, 1)
+        return *feature_maps, conv12_2_feats
 
 
 class SSD512(SSD300):

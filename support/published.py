@@ -194,12 +194,13 @@ def from_caffe_like(state, layers, loc_convs, class_convs, rescale_factors):
     instead of clamping it, which makes no difference except for vectors of zeros. With 81 classes
     the priors and names are COCO's.
     """
-    converted = rename_layers(state, numbered_convs(state, *layers),
-                              numbered_convs(state, loc_convs), numbered_convs(state, class_convs))
+    loc_names = numbered_convs(state, loc_convs)
+    converted = rename_layers(state, numbered_convs(state, *layers), loc_names,
+                              numbered_convs(state, class_convs))
     n_classes = count_classes(converted)
     coco_names = [name for name in coco_label_map() if not name.startswith('N/A')]
     is_coco = n_classes == len(coco_names)
-    size = INPUT_SIZES[len(numbered_convs(state, loc_convs))]
+    size = INPUT_SIZES[len(loc_names)]
     scales = (COCO_SCALES if is_coco else CAFFE_SCALES)[size]
     converted |= {'rescale_factors': state[rescale_factors].view(1, -1, 1, 1),
                   'priors_cxcy': create_caffe_priors(size, scales).clamp_(0, 1),

@@ -215,9 +215,8 @@ def draw_detections(model, image, boxes):
     """
     was_training = model.training
     model.eval()
-    images = image.unsqueeze(0).to(model.priors_cxcy.device)
-    (detected_boxes,), (labels,), (scores,) = model.detect_objects(
-        *model(model.normalize(images)), **VISUALIZATION)
+    (detected_boxes,), (labels,), (scores,) = model.detect_in_batch(image.unsqueeze(0),
+                                                                    **VISUALIZATION)
     model.train(was_training)
 
     picture = to_pil_image(image)

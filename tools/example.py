@@ -18,7 +18,14 @@ import torch
 import tyro
 from PIL import Image
 
-from model import SSD300, VISUALIZATION, MultiBoxLoss, create_prior_boxes, hard_negatives
+from model import (
+    N_PRIORS,
+    SSD300,
+    VISUALIZATION,
+    MultiBoxLoss,
+    create_prior_boxes,
+    hard_negatives,
+)
 from support.checkpoints import load_checkpoint
 from support.errors import UserError, atomic_write, exit_on_user_error
 from tools.shapes import OUTLINES, draw_image
@@ -124,7 +131,7 @@ def load_output(name):
         name: 'early' or 'trained'.
     """
     output = read_output(name)
-    numbers = torch.zeros(len(create_prior_boxes()), 4 + len(LABEL_MAP))
+    numbers = torch.zeros(N_PRIORS, 4 + len(LABEL_MAP))
     numbers[:, 4] = BACKGROUND
     numbers[output['rows']] = torch.tensor(output['numbers'])
     return numbers[None, :, :4], numbers[None, :, 4:]
