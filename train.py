@@ -23,7 +23,7 @@ from model import SSD300, SSD512, MultiBoxLoss
 from support.batch_norm import add_batch_norm, is_norm
 from support.checkpoints import find_newest_checkpoint, restore, save_checkpoint, sibling_path
 from support.compilation import compile_network_and_loss
-from support.device import choose_precision, configure_gpu
+from support.device import choose_precision, configure_gpu, move_for_training
 from support.errors import (
     UserError,
     check_at_least,
@@ -180,7 +180,7 @@ def main(p):
             add_batch_norm(model)
         if p.priors == 'coco':
             model.priors_cxcy = model.create_prior_boxes(COCO_SCALES[model.input_size])
-        model.to(device, memory_format=torch.channels_last)
+        move_for_training(model, device)
         model.label_map = train_set.label_map
         optimizer = make_optimizer(model, p.optimizer, p.weight_decay)
         scaler = make_scaler(dtype, device)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from support.device import choose_device, choose_precision, disable_tf32, process_memory
+from support.device import (
+    choose_device,
+    choose_precision,
+    disable_tf32,
+    move_for_training,
+    process_memory,
+)
 from support.errors import UserError
 
 
@@ -31,6 +37,22 @@ def test_cpu_uses_bf16_only_with_the_instructions(monkeypatch, has_bf16, expecte
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': has_bf16},
                         raising=False)
     assert choose_precision('auto', torch.device('cpu')) == expected
+
+
+@pytest.mark.parametrize('capability, memory_format', [
+    ('AVX2', torch.contiguous_format), ('AVX512', torch.channels_last),
+    ('DEFAULT', torch.channels_last)])
+def test_network_is_trained_in_the_faster_memory_format(monkeypatch, capability, memory_format):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    conv = torch.nn.Conv2d(3, 8, 3)
+    images = torch.rand(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+    expected = conv(images)
+    move_for_training(conv, torch.device('cpu'))
+    feats = conv(images)
+    feats.sum().backward()
+    for tensor in (conv.weight, conv.weight.grad, feats):
+        assert tensor.is_contiguous(memory_format=memory_format)
+    assert torch.allclose(feats, expected, atol=1e-6)
 
 
 def test_disable_tf32_ends_with_the_block(monkeypatch):
