@@ -84,7 +84,7 @@ class Parameters:
 
     # --- what is drawn and reported ---
 
-    # Detections below this score are left out. 0.2 is for visualization; with evaluation's 0.01
+    # Detections are kept above this score. 0.2 is for visualization; with evaluation's 0.01
     # most detections are false positives.
     min_score: float = VISUALIZATION['min_score']
     # Of two boxes of a class that overlap more than this, the one with the lower score is removed.

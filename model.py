@@ -474,8 +474,8 @@ class SSD300(nn.Module):
         if not all(isinstance(checkpoint.get(key), dict) for key in ('model', 'label_map')):
             raise UserError(f'{path} is not a checkpoint of this program: it holds '
                             f'{sorted(map(str, checkpoint))[:5]}, not the dictionaries model and '
-                            f'label_map; give one that train.py wrote, or an SSD300 of '
-                            f'torchvision, ssd.pytorch or a-PyTorch-Tutorial-to-Object-Detection')
+                            f'label_map; give one that train.py wrote, or one of those in '
+                            f'docs/manual.md, "Weights to start from"')
         try:
             return cls.from_state(checkpoint)
         except (UserError, RuntimeError, TypeError, AttributeError) as error:

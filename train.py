@@ -60,7 +60,7 @@ class Parameters:
 
     # Folder of the lists that create_data_lists.py wrote.
     data_folder: str = './data'
-    # Change colors, zoom out, crop and flip at random. Leave it out only for a short run on very
+    # Change colors, zoom out, crop and flip at random. Turn it off only for a short run on very
     # many images: on VOC it is worth 12 mAP (the paper: 65.5 with flips alone, 77.2 with all).
     augment: bool = True
     # Processes per rank that read and augment images. One feeds about 300 images/s.

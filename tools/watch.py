@@ -56,7 +56,7 @@ class Parameters:
     gap: float = 1.
     # Seconds after an alarm without another one. An occupation raises one alarm at most.
     cooldown: float = 60.
-    # Detections below this score do not count. A higher one misses more, with fewer false alarms.
+    # Detections count above this score. A higher one misses more, with fewer false alarms.
     min_score: float = 0.4
 
     # --- the alarm ---
