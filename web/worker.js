@@ -25,7 +25,8 @@ async function load(url) {
     ort = await import(adapter ? './runtime/ort.webgpu.min.mjs' : './runtime/ort.wasm.min.mjs');
   } catch {
     throw new Problem('The folder runtime/ beside this page is missing or incomplete: ' +
-                      '"python -m tools.web" makes it. Or the server does not send .mjs files as JavaScript.');
+                      '"python -m tools.web" makes it. Or the server does not send .mjs files as ' +
+                      'JavaScript.');
   }
   // Threads need memory that is shared, which a browser allows to pages with the headers
   // Cross-Origin-Opener-Policy and Cross-Origin-Embedder-Policy. More than 4 gain little.
