@@ -28,7 +28,7 @@ MAX_WAITING = 16
 class Worker:
     """A thread that runs functions one after another; those without a place are dropped.
 
-    A function that raises a UserError is called again after each of `RETRY_PAUSES`, if `retry`.
+    A function that fails is called again after each of `RETRY_PAUSES`, if `retry`.
     """
 
     def __init__(self, name, max_waiting=MAX_WAITING, retry=False):
@@ -66,7 +66,7 @@ class Worker:
                 try:
                     function(*args)
                     break
-                except UserError as error:
+                except Exception as error:  # without its thread, close() would wait forever
                     print_error(f'{self.name}: {error}')
                     if pause is None or self.no_retries.wait(pause):
                         break
@@ -157,9 +157,10 @@ def run_command(arguments, text, timeout):
 def check_webhook(url):
     """Raise a UserError if a URL is not one that JSON can be posted to."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ('http', 'https') or not parts.hostname or '@' in parts.netloc:
+    if (parts.scheme not in ('http', 'https') or not parts.hostname or '@' in parts.netloc
+            or not url.isascii()):
         raise UserError(f'--webhook {redact(url)}: give http://HOST/PATH or https://HOST/PATH, '
-                        f'without a password before the host')
+                        f'in ASCII (others as %C3%A4), without a password before the host')
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -22,23 +22,24 @@ OPTIMIZER_STATE = {'sgd': {'momentum_buffer'}, 'adamw': {'step', 'exp_avg', 'exp
 
 
 def find_newest_checkpoint(path):
-    """Return the path of a run's last or best checkpoint, whichever has more iterations.
+    """Return the path of a run's last checkpoint; if that cannot be read, of its best one.
 
-    The last one is at `path`, the best one at `sibling_path(path, '.best')`. A file that cannot be
-    read is skipped with a note.
+    The last one is at `path`, the best one at `sibling_path(path, '.best')`, never a newer one: if
+    it has more iterations, it is of an earlier run. A note is printed for a file that cannot be
+    read.
 
     Returns:
         A string; None if there is no checkpoint.
     """
-    found = []
     for candidate in (pathlib.Path(path), sibling_path(path, '.best')):
         if candidate.exists():
             try:
-                found.append((load_checkpoint(candidate).get('iteration', 0), str(candidate)))
+                load_checkpoint(candidate)
+                return str(candidate)
             except UserError as error:
                 if get_rank() == 0:
                     print(f'note: {error}')
-    return max(found, default=(0, None))[1]
+    return None
 
 
 def sibling_path(path, mark, keep_suffix=True):
@@ -125,6 +126,10 @@ def load_optimizer_state(optimizer, saved, state_names):
             shape = () if name == 'step' else parameter.shape
             if tensor.shape != shape:
                 raise ValueError(f'{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}')
+            if name != 'step':
+                # In the parameter's memory format, which the device decides on. Fused optimizers
+                # update raw memory: in another one, they would update other weights.
+                state[name] = torch.empty_like(parameter).copy_(tensor)
 
 
 # --------------------------------------------------------------------------------------------------

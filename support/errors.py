@@ -38,6 +38,8 @@ def exit_on_user_error(main):
     def _main(*args, **kwargs):
         try:
             return main(*args, **kwargs)
+        except BrokenPipeError:
+            message = 'the program that reads the output has ended'
         except (EOFError, ConnectionError):
             message = f'a DataLoader worker ended while it sent a batch. {WORKER_ADVICE}'
         except (UserError, OSError) as error:

@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 
 from model import EVALUATION, MAX_CANDIDATES, N_PRIORS, SSD300, MultiBoxLoss, create_prior_boxes
 from support.compilation import compile_network_and_loss
+from support.device import move_for_training
 from support.errors import UserError
 from support.gradient_scaling import make_scaler
 from train import Run, Schedule, make_optimizer, set_lr, train
@@ -208,6 +209,7 @@ class OurSide:
             Function that trains on batches, an iterable, after `start` iterations.
         """
         device = self.model.priors_cxcy.device
+        move_for_training(self.model, device)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.network = compile_network_and_loss(compile_choice, self.model, self.criterion,
                                                 autocast, batch_size,

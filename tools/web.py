@@ -126,7 +126,7 @@ def make_server(folder, model, port):
     handler = functools.partial(Handler, directory=folder, model=model)
     try:
         return http.server.ThreadingHTTPServer(('127.0.0.1', port), handler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UserError(f'port {port} cannot be used ({error}); give another --port') from error
 
 

@@ -62,6 +62,7 @@ function showReady({device, names, minScore, maxOverlap}) {
 
 function showProblem(sentence) {
   element('problem').textContent = sentence;
+  element('result').textContent = '';
   if (element('controls').disabled) element('status').textContent = '';   // no longer loading
   stopCamera();
 }
@@ -103,7 +104,8 @@ function redraw() {
 // -------------------------------------------------------------------------------------------------
 
 function openFile(file) {
-  if (!file) return;
+  // After a start that failed, its message stays: nothing would answer.
+  if (!file || (element('controls').disabled && element('problem').textContent)) return;
   stopCamera();
   element('problem').textContent = '';
   element('result').textContent = `Reading ${file.name} ...`;

@@ -155,10 +155,18 @@ def test_interrupted_worker_tries_once(capsys):
     assert capsys.readouterr().err == 'test: no\n'
 
 
+def test_unexpected_error_does_not_end_the_thread(capsys):
+    worker, done = Worker('test', retry=True), []
+    worker.submit(lambda: 1 / 0)
+    worker.submit(done.append, 1)
+    worker.close(is_interrupted=False)
+    assert capsys.readouterr().err == 3 * 'test: division by zero\n' and done == [1]
+
+
 @pytest.mark.parametrize('options', [
     {'command': 'no-such-program now'}, {'command': ''}, {'command': "sh -c 'open"},
     {'webhook': 'file:///etc/passwd'}, {'webhook': 'localhost:8000'}, {'webhook': 'http:///path'},
-    {'webhook': 'https://user:secret@host/'}])
+    {'webhook': 'https://user:secret@host/'}, {'webhook': 'http://host/t\xe4'}])
 def test_invalid_options_are_user_errors(options):
     with pytest.raises(UserError) as info:
         Alarms('log', options.get('command'), options.get('webhook'), 1)

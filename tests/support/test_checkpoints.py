@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is loaded, no code is run, and a run continues where it stopped."""
 
 import errno
+import functools
 import os
 import pickle
 
@@ -158,16 +159,17 @@ def test_mark_is_inserted_before_the_suffix(tmp_path, name, best, log):
     assert sibling_path(str(tmp_path / name), '_log', keep_suffix=False) == tmp_path / log
 
 
-def test_newest_checkpoint_is_the_one_with_more_iterations(tmp_path, capsys):
+def test_newest_checkpoint_is_the_last_one_that_can_be_read(tmp_path, capsys):
     last, best = tmp_path / 'net.pth.tar', tmp_path / 'net.best.pth.tar'
     assert find_newest_checkpoint(last) is None
-    for last_iteration, best_iteration, newest in ((2, 1, last), (2, 2, last), (2, 3, best)):
+    for last_iteration, best_iteration, newest in ((2, 1, last), (2, 2, last), (2, 3, last)):
         save_checkpoint(last, iteration=last_iteration)
         save_checkpoint(best, iteration=best_iteration)
         assert find_newest_checkpoint(str(last)) == str(newest)
     assert capsys.readouterr().out == ''
+    last.write_bytes(last.read_bytes()[:100])
+    assert find_newest_checkpoint(last) == str(best)
     best.write_bytes(best.read_bytes()[:100])
-    assert find_newest_checkpoint(last) == str(last)
     last.unlink()
     assert find_newest_checkpoint(last) is None
     assert capsys.readouterr().out.count('note: ') == 2
@@ -176,10 +178,10 @@ def test_newest_checkpoint_is_the_one_with_more_iterations(tmp_path, capsys):
 @pytest.mark.parametrize('iteration', ['3', -1, 2.5, torch.zeros(2)], ids=str)
 def test_iteration_is_a_number(iteration, tmp_path, capsys):
     last, best = tmp_path / 'net.pth.tar', tmp_path / 'net.best.pth.tar'
-    save_checkpoint(last, iteration=1)
-    save_checkpoint(best, iteration=iteration)
-    assert find_newest_checkpoint(last) == str(last)
-    assert 'net.best.pth.tar' in capsys.readouterr().out
+    save_checkpoint(last, iteration=iteration)
+    save_checkpoint(best, iteration=1)
+    assert find_newest_checkpoint(last) == str(best)
+    assert 'net.pth.tar' in capsys.readouterr().out
 
 
 SETTINGS = {'network': 'ssd300', 'optimizer': 'sgd', 'batch_norm': False, 'priors': 'voc',
@@ -218,6 +220,38 @@ def test_restored_run_is_the_saved_one(saved, capsys):
                            saved_optimizer.state[saved_parameter]['momentum_buffer'])
     assert scaler.get_scale() == 4
     assert optimizer.param_groups[0]['weight_decay'] == 0.25    # this run's
+
+
+@pytest.mark.parametrize('kind', ['sgd', 'adamw'])
+@pytest.mark.parametrize('formats', [(torch.channels_last, torch.contiguous_format),
+                                     (torch.contiguous_format, torch.channels_last)], ids=str)
+def test_run_is_resumed_in_another_memory_format(kind, formats, tmp_path):
+    settings = {**SETTINGS, 'optimizer': kind}
+    runs = []
+    for memory_format in formats:
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        model.label_map = {'background': 0, 'cat': 1}
+        make = {'sgd': functools.partial(torch.optim.SGD, momentum=0.9),
+                'adamw': torch.optim.AdamW}[kind]
+        runs.append((model, make(model.parameters(), lr=0.1, fused=True)))
+    images = torch.rand(2, 3, 8, 8)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(images).square().sum().backward()
+        optimizer.step()
+
+    (model, optimizer), (resumed, its_optimizer) = runs
+    step(model, optimizer)
+    path = tmp_path / 'net.pth.tar'
+    scaler = torch.amp.GradScaler('cpu')
+    save_checkpoint(path, iteration=1, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                    label_map=model.label_map, parameters=settings)
+    restore(path, resumed, its_optimizer, scaler, settings, ())
+    for run in runs:
+        step(*run)
+    assert torch.allclose(model.weight, resumed.weight, atol=1e-4)
 
 
 def test_run_of_a_checkpoint_without_antialias_keeps_that_of_its_model(saved):

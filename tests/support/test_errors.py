@@ -33,10 +33,11 @@ from support.errors import (
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), 'fewer --workers'),
     (RuntimeError('Pin memory thread exited unexpectedly'), 'fewer --workers'),
     (EOFError(), 'fewer --workers'), (ConnectionResetError(), 'fewer --workers'),
+    (BrokenPipeError(), 'the program that reads the output has ended'),
     (MemoryError(), 'out of memory'),
     (KeyboardInterrupt(), 'interrupted'),
 ], ids=['user error', 'missing file', 'user error in a worker', 'GPU memory', 'killed worker',
-        'pinning', 'half a batch', 'no batch', 'memory', 'Ctrl-C'])
+        'pinning', 'half a batch', 'no batch', 'closed pipe', 'memory', 'Ctrl-C'])
 def test_user_error_is_printed_as_one_line_with_exit_status_1(error, message, capsys):
     @exit_on_user_error
     def main():

@@ -347,14 +347,20 @@ def test_camera_that_cannot_be_used(visit, address, tmp_path, flags, script, sen
 # --------------------------------------------------------------------------------------------------
 
 
-def test_dropped_file_that_is_no_image(visit, address, tmp_path):
-    page = visit(address)
+def drop_notes(page):
+    """Drop a file on the page that is no image."""
     page.evaluate("""() => {
       const dataTransfer = new DataTransfer();
       dataTransfer.items.add(new File(['no image'], 'notes.txt'));
       document.body.dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true}));
     }""")
+
+
+def test_dropped_file_that_is_no_image(visit, address, tmp_path):
+    page = visit(address)
+    drop_notes(page)
     wait_for(page, '#problem', 'notes.txt is not an image that this browser can read')
+    expect(page.locator('#result')).to_be_empty()
     draw(300, 300).save(tmp_path / 'photo.png')
     upload(page, tmp_path / 'photo.png')
     expect(page.locator('#problem')).to_be_empty()
@@ -378,6 +384,9 @@ def test_missing_or_broken_files(visit, plain_server, network, model, sentence):
     wait_for(page, '#problem', sentence)
     expect(page.locator('#camera')).to_be_disabled()
     expect(page.locator('#status')).to_be_empty()
+    drop_notes(page)    # nothing reads it, so the sentence stays
+    wait_for(page, '#problem', sentence)
+    expect(page.locator('#result')).to_be_empty()
 
 
 def test_any_server_and_folder_will_do(visit, plain_server, network, tmp_path):
@@ -447,6 +456,8 @@ def test_port_in_use_and_missing_model(tmp_path, capsys):
     with web.make_server(tmp_path, 'model.onnx', 0) as server:
         with pytest.raises(UserError, match='give another --port'):
             web.make_server(tmp_path, 'model.onnx', server.server_port)
+    with pytest.raises(UserError, match='port 70000 cannot be used'):
+        web.make_server(tmp_path, 'model.onnx', 70000)
     with pytest.raises(SystemExit):
         web.main(web.Parameters(model=str(tmp_path / 'model.onnx')))
     assert 'python -m tools.export' in capsys.readouterr().err
