@@ -317,9 +317,12 @@ def read_xml(path):
 
 
 def read_number(element, tag, where, default=None):
-    """Read the finite number in a tag below an XML element, or raise a UserError."""
+    """Read the finite number in a tag below an XML element, or raise a UserError.
+
+    The default is for a tag that is missing or empty, as labelme writes <difficult/>.
+    """
     text = element.findtext(tag)
-    if text is None and default is not None:
+    if default is not None and not (text or '').strip():
         return default
     try:
         number = float(text)

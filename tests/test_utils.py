@@ -277,6 +277,9 @@ def test_annotated_pixels_become_edges(parse, annotation):
 def test_coordinates_may_be_floats_and_difficult_and_objects_may_be_missing(parse, annotation):
     objects = parse(annotation([('cat', (1.25, ' 2.5\n', 1e1, '47.75'))]))
     assert objects == {'boxes': [[0.25, 1.5, 10, 47.75]], 'labels': [1], 'difficulties': [False]}
+    empty = annotation([('cat', (1, 1, 9, 9), 1)]).replace('<difficult>1</difficult>',
+                                                           '<difficult/>')
+    assert parse(empty)['difficulties'] == [False]
     assert parse('<annotation/>') == {'boxes': [], 'labels': [], 'difficulties': []}
 
 
