@@ -381,6 +381,9 @@ def flat(mode, color):
     (flat('LAB', (255, 128, 128)), (255, 255, 255)),
     (flat('I', 200), (200, 200, 200)),
     (flat('F', 200.), (200, 200, 200)),
+    (flat('F', 1.), (255, 255, 255)),
+    (flat('F', .5), (127, 127, 127)),
+    (flat('I', 1), (1, 1, 1)),
     *[(flat(mode, level * 257), (level,) * 3)
       for mode in ('I;16', 'I', 'F') for level in (255, 128, 0)],
     (flat('I;16B', 128 * 257), (128, 128, 128)),  # a TIFF with the high byte first
