@@ -20,6 +20,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import tyro
+from PIL import ExifTags
 from torchvision.datasets import VOCDetection
 from tqdm import tqdm
 
@@ -172,8 +173,10 @@ def write_data_lists(train_splits, test_splits, output_folder, label_map=None, s
     train, test = (
         read_images(name, [
             (image_path, annotation_path, functools.partial(read_voc, annotation_path, label_map))
-            for folder, split in splits
-            for annotation_path, image_path in find_files(folder, split)], skip_broken)
+            # Splits may overlap: each image once.
+            for annotation_path, image_path in dict.fromkeys(
+                file for folder, split in splits for file in find_files(folder, split))],
+            skip_broken)
         for name, splits in (('TRAIN', train_splits), ('TEST', test_splits)))
     if label_map is None:
         all_objects = train[1] + test[1]
@@ -302,10 +305,12 @@ def find_files(folder, split):
 
     image_paths = find_images(folder / 'JPEGImages')
     files = []
-    lines = split_path.read_text('utf-8', 'surrogateescape').splitlines()
+    lines = split_path.read_text('utf-8-sig', 'surrogateescape').splitlines()
     for line in filter(None, map(str.strip, lines)):
         # The splits of a single class have a flag after the name: '000012 -1'.
-        name = line if line in image_paths else line.split()[0]
+        words = line.rsplit(maxsplit=1)
+        has_flag = words[-1] in ('-1', '0', '1') and line not in image_paths
+        name = words[0] if has_flag else line
         if name not in image_paths:
             raise UserError(f'{split_path} names {name!r}, but {folder / "JPEGImages"} has no '
                             f'image of that name; add it, or take the line out')
@@ -314,11 +319,18 @@ def find_files(folder, split):
 
 
 def find_images(folder):
-    """Map the names of a folder's images, without their suffixes, to absolute paths."""
+    """Map the names of a folder's images, without their suffixes, to absolute paths.
+
+    The name of an image in a subfolder is 'subfolder/name'.
+    """
+    folder, paths = folder.resolve(), []
+    for parent, subfolders, files in os.walk(folder):   # follows no link to a folder
+        subfolders[:] = [name for name in subfolders if not name.startswith('.')]   # thumbnails
+        paths += [pathlib.Path(parent, name) for name in files]
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     # Of two images with the same name the one whose suffix comes first in IMAGE_SUFFIXES counts.
-    paths = [path for path in folder.resolve().iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     paths.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path), reverse=True)
-    return {path.stem: path for path in paths}
+    return {path.relative_to(folder).with_suffix('').as_posix(): path for path in paths}
 
 
 def read_in_parallel(name, files, skip_broken):
@@ -339,13 +351,14 @@ def read_objects(image_path, annotation_path, read, skip_broken):
     """
     objects, stated_size, counts = read()
     try:
-        size = open_image(image_path, decode)
+        size, has_orientation = open_image(image_path, decode)
     except BrokenImageError:
         if not skip_broken:
             raise
         return None, Counter({'broken images, left out': 1})
     check_stated_size(stated_size, size, annotation_path, image_path)
     objects, clean_counts = clean_objects(objects, *size)
+    counts['images with an EXIF orientation, which is not applied'] += has_orientation
     return objects, counts + clean_counts
 
 
@@ -357,19 +370,29 @@ def read_voc(path, label_map):
 
 
 def decode(image):
-    """Decode an opened image file completely; return its stored width and height."""
-    size = image.size
+    """Decode an opened image file completely.
+
+    Returns:
+        The stored (width, height), and whether an EXIF orientation rotates or flips the image.
+    """
+    size, orientation = image.size, 1
     image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which is faster
-    image.load()
-    return size
+    image.load()    # applies the orientation of a TIFF, and removes it
+    with contextlib.suppress(Exception):    # invalid EXIF data do not make an image a broken one
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return size, orientation in range(2, 9)
 
 
 def check_stated_size(stated_size, size, annotation_path, image_path):
     """Raise a UserError if the annotation states another size; no size, or 0, is accepted."""
+    advice = 'the boxes are for another image, replace one of the two'
+    if tuple(stated_size) == size[::-1]:
+        advice = ('width and height are exchanged, as by an EXIF orientation, which is not applied '
+                  'here: rotate the pixels (Pillow: ImageOps.exif_transpose)')
     for what, stated, actual in zip(('width', 'height'), stated_size, size):
         if stated not in (0, actual):
             raise UserError(f'{annotation_path}: {what} {stated:g}, but {image_path} has {actual}; '
-                            f'the boxes are for another image, replace one of the two')
+                            f'{advice}')
 
 
 def clean_objects(objects, width, height):

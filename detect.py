@@ -34,7 +34,14 @@ from tqdm import tqdm
 from model import SSD300, VISUALIZATION
 from support.device import choose_device, choose_precision
 from support.drawing import draw_objects
-from support.errors import UserError, atomic_write, check_at_least, exit_on_user_error, make_folder
+from support.errors import (
+    UserError,
+    atomic_write,
+    check_at_least,
+    check_fractions,
+    exit_on_user_error,
+    make_folder,
+)
 from support.images import (
     check_outputs,
     choose_outputs,
@@ -131,7 +138,7 @@ def detect(original_image, min_score=0.2, max_overlap=0.5, top_k=200, suppress=N
         A new PIL image, RGB and upright, with a box and a label for each object.
 
     Raises:
-        UserError: a name that is no class of the model.
+        UserError: a name that is no class of the model, a threshold that is not from 0 to 1.
     """
     model = default_model() if model is None else model
     names = select_classes(model.label_map, classes, suppress)
@@ -159,7 +166,7 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None, batch
         'scores': (n,)}, by falling score, on the CPU.
 
     Raises:
-        UserError: a name that is no class of the model.
+        UserError: a name that is no class of the model, a threshold that is not from 0 to 1.
     """
     assert not isinstance(images, Image.Image), 'predict() takes a list of images: predict([image])'
     model = default_model() if model is None else model
@@ -173,6 +180,7 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None, batch
 
 def predict_batch(images, model, names, min_score, max_overlap, top_k, precision):
     """Detect objects of the named classes in a list of N upright RGB images; see `predict()`."""
+    check_fractions(min_score=min_score, max_overlap=max_overlap)
     inputs = [pil_to_tensor(warp(image, (0, 0, *image.size), antialias=bool(model.antialias),
                                  size=model.input_size)) for image in images]
     # Detections of other classes must not use up places among the best top_k.
@@ -268,6 +276,7 @@ def main(parameters):
         raise UserError('no input was named; give one or more images, videos or folders')
     check_at_least(1, batch_size=1 if p.batch_size is None else p.batch_size, top_k=p.top_k,
                    max_pixels=p.max_pixels)
+    check_fractions(min_score=p.min_score, max_overlap=p.max_overlap)
     check_parameters(p.checkpoint, p.device, p.precision)
     limit_pixels(p.max_pixels)
     model = load_model(p.checkpoint, p.device)

@@ -317,9 +317,12 @@ def read_xml(path):
 
 
 def read_number(element, tag, where, default=None):
-    """Read the finite number in a tag below an XML element, or raise a UserError."""
+    """Read the finite number in a tag below an XML element, or raise a UserError.
+
+    The default is for a tag that is missing or empty, as labelme writes <difficult/>.
+    """
     text = element.findtext(tag)
-    if text is None and default is not None:
+    if default is not None and not (text or '').strip():
         return default
     try:
         number = float(text)
@@ -369,13 +372,16 @@ def open_image(path, function):
 def to_rgb(image):
     """Convert a PIL image of any mode to a new one in RGB.
 
-    16 bits are scaled to 8, transparent pixels become white.
+    16 bits and floats from 0 to 1 are scaled to 8 bits, transparent pixels become white.
     """
     if image.mode.startswith(('I', 'F')):
-        has_16_bits = image.mode.startswith('I;16')
+        has_16_bits, is_float = image.mode.startswith('I;16'), image.mode.startswith('F')
         image = image.convert('F')
-        highest = image.getextrema()[1]
-        scale = 255 / max(highest, 65535) if has_16_bits or highest > 255 else 1
+        highest, scale = image.getextrema()[1], 1
+        if has_16_bits or highest > 255:
+            scale = 255 / max(highest, 65535)
+        elif is_float and highest <= 1:
+            scale = 255
         # In these modes Pillow accepts functions of the form value * scale + offset alone.
         image = image.point(lambda value: value * scale + 0).convert('L')
     if image.has_transparency_data:

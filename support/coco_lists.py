@@ -57,16 +57,26 @@ def read_coco(path):
         check_image(row, f'{path}, image {row_id}')
     for row_id, row in categories.items():
         check_category(row, f'{path}, category {row_id}')
-    for name, count in Counter(row['name'] for row in categories.values()).items():
-        if count > 1:
-            raise UserError(f'{path}: {count} categories are named {name!r}; rename or join them')
     per_image = {}
     for row_id, row in annotations.items():
         check_annotation(row, images, categories, f'{path}, annotation {row_id}')
         per_image.setdefault(row.pop('image_id'), []).append(row)
-    return CocoData(path, list(images.values()),
-                    {row_id: categories[row_id]['name'] for row_id in sorted(categories)},
+    used = {row['category_id'] for row in annotations.values()}
+    return CocoData(path, list(images.values()), select_categories(path, categories, used),
                     per_image)
+
+
+def select_categories(path, categories, used):
+    """Map ids to class names, by increasing id; of categories with one name keep the used one.
+
+    Roboflow adds a category that groups the others and may have the name of one of them.
+    """
+    used_names = Counter(categories[row_id]['name'] for row_id in used)
+    for name, count in used_names.items():
+        if count > 1:
+            raise UserError(f'{path}: {count} categories are named {name!r}; rename or join them')
+    return {row_id: categories[row_id]['name'] for row_id in sorted(categories)
+            if row_id in used or categories[row_id]['name'] not in used_names}
 
 
 def read_json(path):

@@ -67,6 +67,13 @@ def check_at_least(minimum, **values):
             raise UserError(f'{name} is {value}; give --{name.replace("_", "-")} {minimum} or more')
 
 
+def check_fractions(**values):
+    """Raise a UserError for the first parameter that is not from 0 to 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:     # NaN, too
+            raise UserError(f'{name} is {value}; give a number from 0 to 1')
+
+
 def make_folder(folder):
     """Create a folder if missing and test that it is writable; returns its path.
 

@@ -129,7 +129,8 @@ def image_ids(paths):
     """List the image ids of result files: the files' names without their suffixes.
 
     Raises:
-        UserError: a name with white space, which separates the columns; two images of one name.
+        UserError: a name with white space, which separates the columns; an image that is listed
+            twice; two images of one name.
     """
     ids = {}
     for path in paths:
@@ -137,10 +138,14 @@ def image_ids(paths):
         if image_id.split() != [image_id]:
             raise UserError(f'{path!r} has white space in its name, which separates the columns '
                             f'of a result file; rename it')
-        first = ids.setdefault(image_id, path)
-        if first != path:
+        first = ids.get(image_id)
+        if first == path:
+            raise UserError(f'{path} is in the TEST list twice; make the lists again with '
+                            f'create_data_lists.py')
+        if first is not None:
             raise UserError(f'{first} and {path} have the same name; result files name an image by '
                             f'it alone: rename one, or evaluate their folders one by one')
+        ids[image_id] = path
     return list(ids)
 
 

@@ -227,7 +227,8 @@ def save_image(image, output):
     """Write an image file, whole or not at all."""
     with atomic_write(output) as temporary:
         try:
-            image.save(temporary, quality=90)
+            # PNG and TIFF keep the color profile without this, JPEG and WebP do not.
+            image.save(temporary, quality=90, icc_profile=image.info.get('icc_profile'))
         except ValueError as error:     # too large for the format
             raise UserError(f'{output} cannot be written ({error}); choose another suffix'
                             ) from error

@@ -11,7 +11,13 @@ import pytest
 from PIL import Image
 from torchvision.datasets import utils as torchvision_utils, voc
 
-from create_data_lists import Parameters, create_data_lists, main, write_data_lists
+from create_data_lists import (
+    Parameters,
+    create_data_lists,
+    find_images,
+    main,
+    write_data_lists,
+)
 from support.errors import UserError
 from utils import label_map as voc_label_map
 
@@ -95,17 +101,32 @@ def test_box_of_a_single_pixel_is_kept(make_voc, tmp_path):
 
 
 def test_image_files_are_found_by_name(make_voc, tmp_path):
-    root = make_voc({'all': {stem: [CAT] for stem in ('a', 'b', 'c.1', 'd d')}})
+    root = make_voc({'all': {stem: [CAT] for stem in ('a', 'b', 'c.1', 'd d', 'e 1', 'f f')}})
     images = root / 'JPEGImages'
     (images / 'a.jpg').rename(images / 'a.JPG')
     (images / 'b.jpg').unlink()
     Image.new('RGB', (64, 48)).save(images / 'b.png')
     (images / 'notes.txt').write_text('not an image')
-    # A split of a single class, with flags and an empty line.
-    (root / 'ImageSets' / 'Main' / 'cat_all.txt').write_text('a  1\n\nb -1\nc.1  0\nd d\n')
+    # A split of a single class, with flags and an empty line, and with Notepad's byte order mark.
+    (root / 'ImageSets' / 'Main' / 'cat_all.txt').write_text(
+        'a  1\n\nb -1\nc.1  0\nd d\ne 1\nf f 1\n', encoding='utf-8-sig')
     write_data_lists([(root, 'cat_all')], [], tmp_path / 'out', LABEL_MAP)
     found = file_names(read_lists(tmp_path / 'out')['TRAIN_images'])
-    assert found == ['a.JPG', 'b.png', 'c.1.jpg', 'd d.jpg']
+    assert found == ['a.JPG', 'b.png', 'c.1.jpg', 'd d.jpg', 'e 1.jpg', 'f f.jpg']
+
+
+def test_images_may_be_in_subfolders(make_voc, tmp_path):
+    for part in ('JPEGImages/s', 'Annotations/s', 'JPEGImages/.thumbnails'):
+        (tmp_path / 'voc' / part).mkdir(parents=True)
+    root = make_voc({'all': {'q': [CAT], 's/q': [('dog', (1, 1, 9, 9))]}})
+    images = root / 'JPEGImages'
+    (images / 'link').symlink_to(images)
+    shutil.copy(images / 'q.jpg', images / '.thumbnails')
+    write_data_lists([(root, 'all')], [], tmp_path / 'out', LABEL_MAP)
+    lists = read_lists(tmp_path / 'out')
+    assert lists['TRAIN_images'] == [str(images / 'q.jpg'), str(images / 's' / 'q.jpg')]
+    assert [objects['labels'] for objects in lists['TRAIN_objects']] == [[1], [2]]
+    assert find_images(images).keys() == {'q', 's/q'}   # neither thumbnails nor links to folders
 
 
 def test_label_map_is_given_or_found_in_the_annotations(make_voc, tmp_path):
@@ -130,6 +151,13 @@ def test_several_splits_become_one_list_in_order(make_voc, tmp_path):
     assert lists['TEST_images'] == lists['TEST_objects'] == []
 
 
+def test_image_of_overlapping_splits_is_listed_once(make_voc, tmp_path):
+    root = make_voc({'s': {'a': [CAT], 'b': [CAT]}, 't': {'b': [CAT], 'c': [CAT]}})
+    summary = write_data_lists([(root, 's'), (root, 't'), (root, 's')], [], tmp_path / 'out')
+    assert file_names(read_lists(tmp_path / 'out')['TRAIN_images']) == ['a.jpg', 'b.jpg', 'c.jpg']
+    assert summary['TRAIN']['objects'] == 3
+
+
 # --------------------------------------------------------------------------------------------------
 # Checks
 # --------------------------------------------------------------------------------------------------
@@ -142,7 +170,8 @@ def replace_size(root, stem, size):
 
 
 @pytest.mark.parametrize('size', [
-    '', '<size></size>', '<size><width>0</width><height>0</height></size>',
+    '', '<size></size>', '<size><width/><height> </height></size>',
+    '<size><width>0</width><height>0</height></size>',
     '<size><height>48</height></size>', '<size><width>64.0</width><height>0</height></size>'])
 def test_annotated_size_may_be_missing_or_0(size, make_voc, tmp_path):
     root = make_voc({'s': {'a': [CAT]}})
@@ -157,8 +186,9 @@ def test_boxes_are_in_stored_pixels_whatever_the_exif_orientation(make_voc, tmp_
     exif = image.getexif()
     exif[0x0112] = 6  # orientation: to be rotated by 90 degrees
     image.save(root / 'JPEGImages' / 'a.jpg', exif=exif)
-    write_data_lists([(root, 's')], [], tmp_path / 'out', LABEL_MAP)
+    summary = write_data_lists([(root, 's')], [], tmp_path / 'out', LABEL_MAP)
     assert read_lists(tmp_path / 'out')['TRAIN_objects'][0]['boxes'] == [[59, 0, 64, 48]]
+    assert count_of(summary['TRAIN'], 'EXIF') == 1
 
 
 # Each function makes image b or its split invalid and returns a pattern of the expected message.
@@ -166,12 +196,12 @@ def test_boxes_are_in_stored_pixels_whatever_the_exif_orientation(make_voc, tmp_
 
 def break_width(root):
     replace_size(root, 'b', '<size><width>48</width><height>64</height></size>')
-    return 'b.xml.*48.*b.jpg.*64'
+    return 'b.xml.*48.*b.jpg.*64.*EXIF orientation.*exif_transpose'
 
 
 def break_height(root):
     replace_size(root, 'b', '<size><height>47</height></size>')
-    return 'b.xml.*47.*b.jpg.*48'
+    return 'b.xml.*47.*b.jpg.*48.*another image'
 
 
 def break_image(root):
@@ -202,6 +232,11 @@ def leave_folder(root):
     return "test.txt.*'../b'.*no image of that name"
 
 
+def name_copy(root):
+    (root / 'ImageSets' / 'Main' / 'test.txt').write_text('a\nb (1)\n')
+    return r"test.txt.*'b \(1\)'.*no image of that name"
+
+
 def remove_split(root):
     (root / 'ImageSets' / 'Main' / 'test.txt').unlink()
     return 'test.txt.*no such split.*there are: train'
@@ -213,8 +248,8 @@ def break_layout(root):
 
 
 @pytest.mark.parametrize('break_it', [break_width, break_height, break_image, break_class,
-                                      remove_annotation, remove_image, leave_folder, remove_split,
-                                      break_layout])
+                                      remove_annotation, remove_image, leave_folder, name_copy,
+                                      remove_split, break_layout])
 @pytest.mark.parametrize('old_lists', [False, True])
 def test_invalid_folder_is_reported_and_no_list_changes(break_it, old_lists, make_voc, tmp_path):
     root, out = make_voc({'train': {'a': [CAT]}, 'test': {'a': [CAT], 'b': [CAT]}}), tmp_path / 'o'

@@ -3,6 +3,7 @@
 import doctest
 import io
 import json
+import math
 import os
 import pathlib
 import signal
@@ -111,6 +112,17 @@ def test_image_without_detections_gives_empty_tensors(model):
     assert prediction['boxes'].shape == (0, 4) and prediction['scores'].shape == (0,)
     assert prediction['labels'] == []
     assert predict([], **THRESHOLDS, model=model) == []
+
+
+@pytest.mark.parametrize('threshold', [{'min_score': 20}, {'max_overlap': math.nan}])
+def test_threshold_that_is_no_fraction_is_a_user_error(model, run, capsys, threshold):
+    Image.new('RGB', (30, 30)).save('photo.png')
+    with pytest.raises(UserError, match='give a number from 0 to 1'):
+        predict([Image.open('photo.png')], **{**THRESHOLDS, **threshold}, model=model)
+    assert run('photo.png', **threshold) == 1
+    error = capsys.readouterr().err
+    assert 'give a number from 0 to 1' in error and error.count('\n') == 1
+    assert not os.path.exists('detections')
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'YCbCr', 'I;16', 'I', 'F'])

@@ -277,6 +277,9 @@ def test_annotated_pixels_become_edges(parse, annotation):
 def test_coordinates_may_be_floats_and_difficult_and_objects_may_be_missing(parse, annotation):
     objects = parse(annotation([('cat', (1.25, ' 2.5\n', 1e1, '47.75'))]))
     assert objects == {'boxes': [[0.25, 1.5, 10, 47.75]], 'labels': [1], 'difficulties': [False]}
+    empty = annotation([('cat', (1, 1, 9, 9), 1)]).replace('<difficult>1</difficult>',
+                                                           '<difficult/>')
+    assert parse(empty)['difficulties'] == [False]
     assert parse('<annotation/>') == {'boxes': [], 'labels': [], 'difficulties': []}
 
 
@@ -378,6 +381,9 @@ def flat(mode, color):
     (flat('LAB', (255, 128, 128)), (255, 255, 255)),
     (flat('I', 200), (200, 200, 200)),
     (flat('F', 200.), (200, 200, 200)),
+    (flat('F', 1.), (255, 255, 255)),
+    (flat('F', .5), (127, 127, 127)),
+    (flat('I', 1), (1, 1, 1)),
     *[(flat(mode, level * 257), (level,) * 3)
       for mode in ('I;16', 'I', 'F') for level in (255, 128, 0)],
     (flat('I;16B', 128 * 257), (128, 128, 128)),  # a TIFF with the high byte first

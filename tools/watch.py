@@ -25,7 +25,13 @@ from support.alarms import Alarms, Worker
 from support.camera import Camera, Lost
 from support.clips import write_clip
 from support.drawing import draw_objects
-from support.errors import UserError, check_at_least, exit_on_user_error, make_folder
+from support.errors import (
+    UserError,
+    check_at_least,
+    check_fractions,
+    exit_on_user_error,
+    make_folder,
+)
 from support.images import is_camera, is_live, print_error, redact, save_image
 from support.onnx_network import check_parameters as check_onnx_parameters
 from support.processes import stop_on_signal
@@ -129,6 +135,7 @@ def check_parameters(p):
                    after=p.after)
     check_at_least(0.01, timeout=p.timeout, alarm_timeout=p.alarm_timeout,
                    fps=1 if p.fps is None else p.fps)
+    check_fractions(min_score=p.min_score, max_overlap=p.max_overlap)
     if not is_live(p.source) and not os.path.isfile(p.source):
         raise UserError(f'{redact(p.source)} is no file; give a video file, the number of a camera '
                         f'or a URL (rtsp://..., http://...)')

@@ -153,6 +153,17 @@ def test_classes_of_several_files_are_joined_by_name(make_coco, tmp_path):
     assert {row['name']: row['id'] for row in coco['categories']} == {'cat': 1, 'dog': 2, 'ant': 3}
 
 
+@pytest.mark.parametrize('group', [{'id': 0, 'name': 'cat'}, {'id': 9, 'name': 'cat'}])
+def test_category_without_annotations_may_have_the_name_of_a_class(make_coco, tmp_path, group):
+    export = make_coco({1: 'a.jpg'}, [annotate(1, 3, [0, 0, 9, 9])], [group, *CATEGORIES])
+    write_coco_lists([export], [export], tmp_path / 'lists')
+    lists = tmp_path / 'lists'
+    assert read_list(lists, 'label_map') == {'background': 0, 'cat': 1, 'dog': 2}
+    coco = read_list(lists, 'TEST_coco')
+    assert coco['categories'] == [{'id': 3, 'name': 'cat'}, {'id': 7, 'name': 'dog'}]
+    assert [row['category_id'] for row in coco['annotations']] == [3]
+
+
 def test_given_classes_are_those_of_the_lists(export, tmp_path):
     write_coco_lists([export], [export], tmp_path / 'lists', {'background': 0, 'dog': 1, 'cat': 2})
     assert read_list(tmp_path / 'lists', 'TRAIN_objects')[0]['labels'] == [1]

@@ -1,6 +1,7 @@
 """Tests of support/errors.py."""
 
 import errno
+import math
 import os
 import secrets
 import subprocess
@@ -12,6 +13,7 @@ from support.errors import (
     UserError,
     atomic_write,
     check_at_least,
+    check_fractions,
     exit_on_user_error,
     make_folder,
     process_namespace,
@@ -68,6 +70,13 @@ def test_first_value_below_the_minimum_is_reported():
     check_at_least(1, batch_size=1, workers=2)
     with pytest.raises(UserError, match='^save_every is 0; give --save-every 1 or more$'):
         check_at_least(1, batch_size=1, save_every=0, workers=-1)
+
+
+@pytest.mark.parametrize('value', [-.01, 1.01, math.inf, math.nan])
+def test_first_value_that_is_no_fraction_is_reported(value):
+    check_fractions(min_score=0, max_overlap=1.)
+    with pytest.raises(UserError, match=f'^max_overlap is {value}; give a number from 0 to 1$'):
+        check_fractions(min_score=.5, max_overlap=value)
 
 
 # --------------------------------------------------------------------------------------------------

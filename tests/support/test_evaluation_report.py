@@ -129,6 +129,11 @@ def test_images_of_the_same_name_are_a_user_error():
         report.image_ids(['x/a.jpg', 'y/a.png'])
 
 
+def test_image_that_is_listed_twice_is_a_user_error():
+    with pytest.raises(UserError, match='x/a.jpg is in the TEST list twice; make the lists again'):
+        report.image_ids(['x/a.jpg', 'x/b.jpg', 'x/a.jpg'])
+
+
 @pytest.mark.parametrize('name', ['a b', 'a\nb', ' a', 'a\u2028b'])
 def test_image_name_with_white_space_is_a_user_error(name):
     with pytest.raises(UserError, match='has white space in its name.*rename it'):

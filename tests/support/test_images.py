@@ -93,6 +93,15 @@ def test_upright_image_keeps_only_the_color_profile():
     assert image.size == (20, 10)
 
 
+@pytest.mark.parametrize('suffix', ['.jpg', '.webp', '.png', '.tif'])
+def test_color_profile_is_written(tmp_path, suffix):
+    image = Image.new('RGB', (20, 10))
+    image.info = {'icc_profile': b'profile'}
+    save_image(image, tmp_path / f'a{suffix}')
+    with Image.open(tmp_path / f'a{suffix}') as written:
+        assert written.info['icc_profile'] == b'profile'
+
+
 def test_unreadable_image_is_returned_as_an_error(tmp_path):
     (tmp_path / 'broken.jpg').write_bytes(b'no image')
     save_image(Image.new('RGB', (20, 10), 'red'), tmp_path / 'good.png')

@@ -4,6 +4,7 @@ In place of a network, whoever is red in the middle of the picture is a person.
 """
 
 import json
+import math
 import os
 import signal
 import threading
@@ -247,6 +248,7 @@ def test_password_is_neither_printed_nor_written(run_main, tmp_path):
 @pytest.mark.parametrize('options, message', [
     ({'source': 'missing.mp4'}, 'missing.mp4 is no file'),
     ({'seconds': -1.}, 'seconds is -1'), ({'fps': 0.}, 'fps is 0'),
+    ({'min_score': 40.}, 'min_score is 40'), ({'max_overlap': math.nan}, 'max_overlap is nan'),
     ({'classes': ('cat',)}, 'no class is named cat; the model has person, dog'),
     ({'run': 'no-such-program'}, 'no such program'), ({'webhook': 'ftp://x'}, '--webhook ftp://x'),
 ])
