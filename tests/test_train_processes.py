@@ -284,9 +284,10 @@ def test_preempted_run_and_one_whose_worker_is_killed_lose_no_iteration(folder):
 
 def test_two_ranks_train_and_evaluate_as_one(folder):
     # Augmentation would add filler of one color, on which the priors' losses are equal: which of
-    # them are the hard negatives would depend on rounding.
+    # them are the hard negatives would depend on rounding. (So it does with seed 0, in contiguous
+    # tensors.)
     words = ('--iterations', 3, '--eval-every', 0, '--no-augment', '--lr', 1e-4,
-             '--batch-size', 4)
+             '--batch-size', 4, '--seed', 1)
     run(*words, '--checkpoint', 'one.pth', folder=folder)
     out = run(*words, '--checkpoint', 'two.pth', '--grad-accumulation', 2, '--compile', 'on',
               folder=folder, ranks=2)
@@ -295,7 +296,7 @@ def test_two_ranks_train_and_evaluate_as_one(folder):
     one, two = (load_checkpoint(folder / f'{name}.pth') for name in ('one', 'two'))
     for name, weights in one['model'].items():
         assert torch.allclose(weights, two['model'][name], rtol=0, atol=1e-5), name
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     assert (one['model']['base.conv7.weight'] - ThinSSD300(3).base.conv7.weight).abs().max() > 1e-5
     logs = [read_log(folder / f'{name}_log') for name in ('one', 'two')]
     for rows in zip(*logs, strict=True):
