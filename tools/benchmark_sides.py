@@ -281,6 +281,8 @@ class TorchvisionSide:
             Function that trains on batches, an iterable.
         """
         device = self.anchors.device
+        move_for_training(self.model, device)
+        move_for_training(self.model.backbone, device)  # what `forward()` calls with the images
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         optimizer = make_optimizer(self.model, 'sgd', WEIGHT_DECAY)
         set_lr(optimizer, LR)
