@@ -173,7 +173,7 @@ def test_first_page_on_a_dark_phone(visit, address):
     assert not [formula for formula in formulas if '\\' in formula]     # an unknown command
     page.click('#navtoggle')
     page.click('text=model.py >> visible=true')
-    assert page.url.endswith('code/model.html')
+    page.wait_for_url('**/code/model.html')     # until it is loaded, styles included
     assert page.evaluate('document.documentElement.scrollWidth') == 375
 
 
