@@ -204,9 +204,10 @@ def make_train_loader(dataset, batches, workers, device):
 
 
 def make_test_loader(dataset, batch_size, workers, device):
-    """Make the loader of an evaluation, as `collate_fn()`; every rank loads each n-th image.
+    """Make the loader of an evaluation, whose batches are those of `collate_fn()`.
 
-    Its workers stay for the next evaluation.
+    Of w ranks, rank r loads the images r, r + w, r + 2w, ... The workers stay for the next
+    evaluation.
     """
     share = range(get_rank(), len(dataset), get_world_size())
     return Loader(dataset, batch_size, sampler=share, collate_fn=collate_fn,

@@ -158,7 +158,8 @@ def predict(images, min_score=0.2, max_overlap=0.5, top_k=200, model=None, batch
         model: an SSD300 in evaluation mode, or an OnnxNetwork; None loads the default checkpoint
             once.
         batch_size: images per batch; None: 32 on a GPU, 4 on a CPU.
-        classes, suppress: names of the only classes to detect (none: all), and of others.
+        classes, suppress: names of the only classes to detect (none: all), and of those to
+            leave out.
         precision: 'bf16', 'fp16', 'float32', or 'auto': the fastest of the model's device.
 
     Returns:

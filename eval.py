@@ -96,7 +96,7 @@ def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coc
              autocast=None):
     """Detect objects in all images of a loader and print and return their average precision.
 
-    Runs on the model's device, always with the thresholds `model.EVALUATION`.
+    Runs on the model's device, always with the thresholds EVALUATION of model.py.
 
     Args:
         test_loader: batches as `datasets.collate_fn()` makes them, of a data set that keeps
@@ -248,7 +248,7 @@ def detect_in_dataset(p, model, dataset, device, dtype=torch.float32):
     loader = make_test_loader(dataset, p.batch_size, p.workers, device)
     autocast = None if dtype == torch.float32 else torch.autocast(device.type, dtype)
     detections, _ = find_detections(loader, model, autocast)
-    if dataset.label_map != model.label_map:    # COCO's published weights
+    if dataset.label_map != model.label_map:    # another order, or COCO's published weights
         detections = relabel(detections, model.label_map, dataset.label_map)
     return to_pixels(detections, read_image_sizes(dataset.images))
 
@@ -278,8 +278,8 @@ def check_dataset(p, model, dataset):
         raise UserError(f'{p.data_folder} has no images in its TEST list; make the lists with '
                         f'a split to test on')
     # Of the 91 indices of COCO's published weights 10 are of no class.
-    if model and dataset.label_map != model.label_map and (
-            list(dataset.label_map) != [name for name in model.label_map if name[:4] != 'N/A ']):
+    if model and dataset.label_map != model.label_map and dataset.label_map.keys() != {
+            name for name in model.label_map if name[:4] != 'N/A '}:
         raise UserError(f'{p.checkpoint} knows the classes {list(model.label_map)[1:]}, '
                         f'{p.data_folder} has {list(dataset.label_map)[1:]}; give the '
                         f'checkpoint that was trained on this data set')

@@ -48,7 +48,7 @@ from utils import (
 
 
 class FeatureMap(NamedTuple):
-    """One of the six feature maps that predictions are made from."""
+    """A feature map that predictions are made from: a row of the table."""
 
     name: str
     channels: int
@@ -201,8 +201,8 @@ class VGGBase(nn.Module):
         Raises:
             UserError: the weights cannot be downloaded or read.
         """
-        # fc6 and fc7 have no batch normalization in either. That of conv6 and conv7 keeps its
-        # initial mean of 0 and variance of 1.
+        # fc6 and fc7 have no batch normalization in either VGG-16. That of conv6 and conv7 keeps
+        # its initial mean of 0 and variance of 1.
         state = {key: tensor for key, tensor in self.state_dict().items() if is_norm(key)}
         vgg = download_weights((VGG16_BN_Weights if state else VGG16_Weights).IMAGENET1K_V1,
                                otherwise='train from scratch with --no-pretrained')
@@ -717,7 +717,7 @@ def hard_negatives(cross_entropy, positive, n_hard):
 # SSD512
 #
 # The same network for images of 512 x 512 pixels: another table, and one more auxiliary map. Its
-# scales start lower (Caffe code, ssd_pascal_512.py), for 0.07 of 512 pixels are 36 of them.
+# scales start lower (Caffe code, ssd_pascal_512.py): 0.07 of 512 pixels are 36, 0.1 of 300 are 30.
 # --------------------------------------------------------------------------------------------------
 
 FEATURE_MAPS_512 = (

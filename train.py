@@ -431,7 +431,9 @@ def load_start(p, model, optimizer, scaler, settings):
         barrier()   # a download may take longer than a collective operation waits
         broadcast_buffers(model)    # before the loss takes the priors
         return 0
-    start = restore(path, model, optimizer, scaler, settings, MUST_MATCH)
+    # With batch normalization, the images of one forward pass share their statistics.
+    must_match = (*MUST_MATCH, 'grad_accumulation') if p.batch_norm else MUST_MATCH
+    start = restore(path, model, optimizer, scaler, settings, must_match)
     # A finished run that is resumed again, as by a job queue, has nothing left to do.
     if start > p.iterations or start == p.iterations and p.resume != 'auto':
         raise UserError(f'{path} has {start} iterations already; give more --iterations')

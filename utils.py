@@ -174,12 +174,12 @@ def find_jaccard_overlap(set_1, set_2):
 
 
 def non_max_suppression(boxes, scores, max_overlap, groups=None):
-    """Remove boxes that overlap a better box of the same object.
+    """Remove boxes that overlap a better box too much.
 
-        sort the boxes by falling score
-        for each box: keep it, unless a *kept* box of a higher score overlaps it too much
+        sort the boxes by falling score, equal scores by rising index
+        for each box: keep it, unless an earlier box that was *kept* overlaps it too much
 
-    torchvision.ops.batched_nms() gives the same result; this one can be read.
+    torchvision.ops.nms() gives the same result for one group; this one can be read.
 
     Args:
         boxes: (K, 4), corners in any unit.
@@ -193,21 +193,20 @@ def non_max_suppression(boxes, scores, max_overlap, groups=None):
     """
     if groups is None:
         groups = torch.zeros_like(scores, dtype=torch.int64)
-    order = scores.argsort(descending=True, stable=True)
-    order = order[groups[order].argsort(stable=True)]       # by group, then by falling score
+    by_score = scores.argsort(descending=True, stable=True)
+    order = by_score[groups[by_score].argsort(stable=True)]     # by group, then by falling score
     _, counts = groups[order].unique_consecutive(return_counts=True)
 
     # Many groups at once: each is a row of indices, padded with -1 to the length of the longest.
-    kept = [order[:0]]      # torch.cat() needs at least one tensor
+    is_kept = torch.zeros_like(groups, dtype=torch.bool)
     for rows in batch_by_length(order.split(counts.tolist())):
         indices = pad_sequence(rows, batch_first=True, padding_value=-1)    # (groups, longest)
         is_padding = indices < 0
         # Boxes without area overlap nothing.
         padded_boxes = boxes[indices].masked_fill(is_padding.unsqueeze(2), 0)
         overlap = find_jaccard_overlap(padded_boxes, padded_boxes)  # (groups, longest, longest)
-        kept.append(indices[suppress(overlap, max_overlap) & ~is_padding])
-    kept = torch.cat(kept).sort().values    # by index, which decides between equal scores
-    return kept[scores[kept].argsort(descending=True, stable=True)]
+        is_kept[indices[suppress(overlap, max_overlap) & ~is_padding]] = True
+    return by_score[is_kept[by_score]]
 
 
 def suppress(overlap, max_overlap):
@@ -464,7 +463,7 @@ def transform(image, boxes, labels, difficulties, split, antialias=True, size=IN
 
 
 def sample_zoom_out(width, height):
-    """Draw a window 1 to 4 times as large as the image, with the image anywhere in it."""
+    """Draw a window of 1 to 4 times the image's width and height, the image anywhere in it."""
     zoom = random.uniform(1, 4)
     left, top = (random.uniform(0, (zoom - 1) * side) for side in (width, height))
     return (-left, -top, zoom * width - left, zoom * height - top)
@@ -474,8 +473,9 @@ def sample_crop(window, boxes):
     """Draw a part of a window that keeps at least one object (section 2.2 of the paper).
 
         draw an option of CROP_OPTIONS; None: return the whole window
-        up to 50 times: draw a crop, with sides 0.3 to 1 times the window's and an aspect ratio of
-            0.5 to 2; return it if it keeps an object whose IoU with it reaches the option's minimum
+        up to 50 times: draw a crop, with sides 0.3 to 1 times the window's and an aspect ratio in
+            pixels of 0.5 to 2; return it if it keeps an object whose IoU with it reaches the
+            option's minimum
         else draw another option
 
     Args:
@@ -508,7 +508,7 @@ def find_kept_objects(windows, boxes):
     """Find the objects that each window keeps.
 
     The center of an object must be inside, and what is left of it after clipping must have a width
-    and a height of at least one of the 300 pixels.
+    and a height of at least 1/300 of the window's: one pixel of SSD300's input.
 
     Args:
         windows, boxes: (n, 4) and (O, 4), corners in the same unit.
@@ -544,7 +544,7 @@ def flip(boxes):
 def sample_colors():
     """Draw the arguments of `distort()`, each change with probability 0.5.
 
-    The ranges are those of the published Caffe code.
+    The ranges are those of the published Caffe code, but for hue: its 18 are steps of 2 degrees.
     """
     return {
         'brightness': random.choice((0., random.uniform(-32, 32))),
@@ -626,10 +626,11 @@ def warp(image, window, change=None, antialias=True, size=INPUT_SIZE):
 # --------------------------------------------------------------------------------------------------
 # 7. Mean average precision
 #
-# A detection is a true positive if its IoU with an object of its class is at least 0.5 and no
-# better detection has found that object. As detections are added by falling score, recall rises and
-# precision mostly falls. Average precision (AP) is the mean precision along that curve, mAP the
-# mean of the classes' APs. Objects marked difficult (hard to recognize) count neither way.
+# Each detection is assigned to the object of its class with the highest IoU. It is a true positive
+# if that IoU is at least 0.5 and no better detection is assigned to the same object. As detections
+# are added by falling score, recall rises and precision mostly falls. Average precision (AP) is the
+# mean precision along that curve, mAP the mean of the classes' APs. Objects marked difficult (hard
+# to recognize) count neither way.
 # --------------------------------------------------------------------------------------------------
 
 # How precision over recall becomes one number: 'voc07' averages the precision at the 11 recalls

@@ -173,6 +173,26 @@ def test_checkpoint_of_other_classes_is_a_user_error(lists, tmp_path, capsys):
     assert "knows the classes ['cow']" in capsys.readouterr().err
 
 
+def test_classes_may_be_in_another_order_than_those_of_the_data(lists, capsys, monkeypatch):
+    def detect_in_batch(model, images, **thresholds):
+        boxes, labels, scores = original(model, images, **thresholds)
+        return boxes, [3 - label for label in labels], scores
+
+    def print_table():
+        monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: model.eval())
+        capsys.readouterr()
+        evaluation.main(evaluation.Parameters(data_folder=str(lists), device='cpu', workers=0))
+        return capsys.readouterr().out
+
+    model = FixedDetections()
+    expected = print_table()
+    model.label_map = {'background': 0, 'dog': 1, 'cat': 2}
+    assert print_table() != expected    # other labels are other classes
+    original = FixedDetections.detect_in_batch
+    monkeypatch.setattr(FixedDetections, 'detect_in_batch', detect_in_batch)
+    assert print_table() == expected
+
+
 def test_names_that_no_result_file_can_hold_are_found_before_the_evaluation(
         make_voc, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, 'find_detections', lambda *args: pytest.fail('evaluated'))

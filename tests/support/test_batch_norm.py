@@ -210,11 +210,14 @@ def test_resumed_run_equals_the_uninterrupted_one_in_every_bit(parameters, tmp_p
         train.main(dataclasses.replace(resumed, batch_norm=False))
     assert 'with batch_norm = True; resume with the same --batch-norm' in capsys.readouterr().err
     train.main(resumed)
-    whole, resumed = map(load_checkpoint, paths)
-    assert_equal(whole['model'], resumed['model'])
+    whole, last = map(load_checkpoint, paths)
+    assert_equal(whole['model'], last['model'])
     assert whole['model']['base.conv1_1.norm.num_batches_tracked'] == 3
     for number, state in whole['optimizer']['state'].items():
-        assert_equal(state, resumed['optimizer']['state'][number])
+        assert_equal(state, last['optimizer']['state'][number])
+
+    train.main(dataclasses.replace(resumed, iterations=4, batch_size=4, grad_accumulation=2))
+    assert 'note: grad_accumulation was 1 and is 2 now' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('changes, words', [
