@@ -17,7 +17,7 @@ import time
 
 from PIL import Image
 
-from support.clips import UNTIMED_FORMATS, Ring
+from support.clips import Ring
 from support.errors import UserError
 from support.images import is_camera, is_live
 from support.video import AV_ERRORS, VideoReader, reason_of
@@ -94,8 +94,7 @@ class RingReader(VideoReader):
 
     def _make_ring(self):
         """Return an empty ring."""
-        is_timed = not (self.is_live and self.container.format.name in UNTIMED_FORMATS)
-        return Ring([self.stream, *self.audio_streams], self.seconds, is_timed)
+        return Ring([self.stream, *self.audio_streams], self.seconds, self.is_timed)
 
     def _decode(self, packet):
         """Decode a packet; a new size of the frames begins a new ring."""

@@ -18,8 +18,6 @@ MAX_RING_BYTES = 2 ** 27
 MAX_JUMP = 5
 # What players expect in mp4. Matroska takes nearly every codec, and QuickTime telephone sound.
 MP4_CODECS = {'h264', 'hevc', 'aac', 'mp3'}
-# FFmpeg numbers the frames of these formats as if there were 25 per second.
-UNTIMED_FORMATS = ('mpjpeg', 'mjpeg', 'h264', 'hevc', 'm4v')
 
 
 @dataclasses.dataclass(slots=True)

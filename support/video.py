@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import pathlib
 import platform
+import time
 from fractions import Fraction
 
 import av
@@ -34,6 +35,8 @@ WHITELISTS = {'file': ('file', FILE_FORMATS),
               'http': ('http,https,tcp,tls,crypto', HTTP_FORMATS),
               'rtsp': ('rtp,udp,tcp,tls', 'rtsp'),
               'rtmp': ('rtmp,rtmps,tcp,tls', 'flv')}
+# FFmpeg numbers the frames of these formats as if there were 25 per second.
+UNTIMED_FORMATS = ('mpjpeg', 'mjpeg', 'h264', 'hevc', 'm4v')
 
 # The largest frame of H.264's highest level, 6.2. A damaged file may claim any size.
 MAX_PIXELS = 8192 * 4352
@@ -72,6 +75,8 @@ class VideoReader:
     Attributes:
         n_frames: number of frames by the file's header, or estimated from its duration; None if
             unknown.
+        is_timed: False for a network stream whose frames have no times of their own: theirs are
+            those of their arrival.
         n_broken: number of frames so far that could not be decoded.
         problem: why the video ended early, or None.
         audio_packets: packets of sound read so far, not decoded; the writer takes them from here.
@@ -118,6 +123,8 @@ class VideoReader:
         # Threads that decode a frame each are faster, but delay the frames of a live source.
         self.stream.thread_type = 'SLICE' if input_format or timeout else 'AUTO'
         self.audio_streams = list(self.container.streams.audio)
+        self.is_timed = timeout is None or self.container.format.name not in UNTIMED_FORMATS
+        self.time_base = self.stream.time_base if self.is_timed else Fraction(1, 1000)
         self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
         # A camera's clock starts with the machine.
         self.start = Fraction(self.container.start_time or 0, av.time_base)
@@ -147,17 +154,19 @@ class VideoReader:
 
     def _read(self):
         """Yield frames, and store packets of sound."""
-        number, previous_time = 0, -1 / self.rate
+        number, frame_time, first_arrival = 0, -1 / self.rate, None
         for packet in self._packets():
             for decoded in self._decode(packet):
                 # Some files, and all raw streams, have no presentation times. AVI's are decoding
                 # times.
-                time = previous_time + 1 / self.rate
-                if decoded.pts is not None and self.container.format.name != 'avi':
-                    time = decoded.pts * decoded.time_base - self.start
-                previous_time = time
+                frame_time += 1 / self.rate
                 duration = float((decoded.duration or 0) * decoded.time_base)
-                yield Frame(decoded, number, float(time), duration)
+                if not self.is_timed:
+                    first_arrival = first_arrival or time.monotonic()
+                    frame_time, duration = time.monotonic() - first_arrival, 0.
+                elif decoded.pts is not None and self.container.format.name != 'avi':
+                    frame_time = decoded.pts * decoded.time_base - self.start
+                yield Frame(decoded, number, float(frame_time), duration)
                 number += 1
 
     def _packets(self):
@@ -258,7 +267,7 @@ class VideoWriter:
                                            pixel_ratio)
         # AVI and MPEG-4 only have a constant frame rate; elsewhere each frame has its own time.
         constant_rate = self.path.suffix.lower() == '.avi' or encoder == 'mpeg4'
-        self.time_base = 1 / self.reader.rate if constant_rate else self.reader.stream.time_base
+        self.time_base = 1 / self.reader.rate if constant_rate else self.reader.time_base
         context.time_base = self.time_base
         if constant_rate:
             context.max_b_frames = 0  # AVI has no presentation order

@@ -2,12 +2,14 @@
 reader open another file or server, hang, or fail other than with a UserError."""
 
 import contextlib
+import functools
 import http.server
 import itertools
 import os
 import random
 import socket
 import threading
+import types
 from fractions import Fraction
 
 import av
@@ -283,6 +285,28 @@ def test_stream_is_read_from_a_server(tmp_path, server):
         with VideoReader(f'{url}/{name}', timeout=20) as reader:
             assert len(list(reader)) == 12 and reader.problem is None
     assert requests[-1] == '/a.ts'
+
+
+def test_frames_without_times_are_as_far_apart_as_they_arrive(
+        tmp_path, make_camera, jpeg_part, monkeypatch):
+    """FFmpeg numbers those of a motion JPEG camera as if there were 25 per second."""
+    clock = types.SimpleNamespace(monotonic=functools.partial(next, itertools.count(100, 0.25)))
+    monkeypatch.setattr('support.video.time', clock)
+
+    def script(send, is_closed):
+        for _ in range(8):
+            send(jpeg_part('red'))
+
+    with (VideoReader(make_camera(script), 5) as reader,
+          VideoWriter(tmp_path / 'a.mp4', reader) as writer):
+        times = []
+        for frame in reader:
+            times.append(frame.time)
+            writer.write(frame)
+    assert len(times) > 5
+    assert all(after - before == 0.25 for before, after in itertools.pairwise(times))
+    with VideoReader(tmp_path / 'a.mp4') as copy:
+        assert [frame.time + times[0] for frame in copy] == pytest.approx(times, abs=0.002)
 
 
 def test_stream_that_falls_silent_ends(tmp_path, server):
