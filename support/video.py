@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import platform
 import time
@@ -37,6 +38,8 @@ WHITELISTS = {'file': ('file', FILE_FORMATS),
               'rtmp': ('rtmp,rtmps,tcp,tls', 'flv')}
 # FFmpeg numbers the frames of these formats as if there were 25 per second.
 UNTIMED_FORMATS = ('mpjpeg', 'mjpeg', 'h264', 'hevc', 'm4v')
+# Seconds that the times of a stream go back where files were joined, at least. Less is disorder.
+MIN_STEP_BACK = 1
 
 # The largest frame of H.264's highest level, 6.2. A damaged file may claim any size.
 MAX_PIXELS = 8192 * 4352
@@ -172,9 +175,11 @@ class VideoReader:
     def _packets(self):
         """Yield the packets of the pictures, and store those of the sound."""
         packets, end = self.container.demux(self.stream, *self.audio_streams), 0
+        positions = {}
         try:
             for packet in packets:
                 if packet.dts is not None:
+                    self._shift(packet, positions)
                     end = max(end, (packet.dts + (packet.duration or 0)) * packet.time_base)
                 if packet.stream.type == 'video':
                     yield packet
@@ -189,6 +194,26 @@ class VideoReader:
         has_duration = self.container.format.name.startswith(('matroska', 'mov'))
         if has_duration and all_read and end < min(0.95 * seconds, seconds - 0.5):
             self.problem = self.problem or f'it should last {seconds:.1f} s'
+
+    def _shift(self, packet, positions):
+        """Let the times of a packet rise where those of joined files begin again.
+
+        Args:
+            packet: its times are changed.
+            positions: {index of a stream: (time of its last packet, seconds that were added to it)}
+        """
+        last, offset = positions.get(packet.stream.index, (-math.inf, 0))
+        packet_time = packet.dts * packet.time_base
+        if packet_time + offset < last - MIN_STEP_BACK:
+            # As much as the other streams, if they have begun again: sound and pictures stay
+            # together.
+            offset = max(seconds for _, seconds in positions.values())
+            if packet_time + offset < last - MIN_STEP_BACK:
+                offset = last + 1 / self.rate - packet_time
+        positions[packet.stream.index] = packet_time + offset, offset
+        packet.dts += round(offset / packet.time_base)
+        if packet.pts is not None:
+            packet.pts += round(offset / packet.time_base)
 
     def _store_audio(self, packet):
         """Store a packet of sound for the writer."""

@@ -217,6 +217,23 @@ def test_every_frame_of_a_file_is_yielded_once(video):
     assert times == pytest.approx([i / 25 for i in range(50)], abs=0.002)
 
 
+def test_joined_file_is_watched_to_its_end(tmp_path):
+    """The times of its second half begin again."""
+    path = tmp_path / 'a.ts'
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('mpeg2video', rate=25)
+        stream.width, stream.height = 64, 48
+        for _ in range(50):
+            container.mux(stream.encode(av.VideoFrame(64, 48)))
+        container.mux(stream.encode())
+    path.write_bytes(2 * path.read_bytes())
+    with Camera(str(path), 5., fps=None, seconds=100) as source:
+        *_, (time, ring) = [(view.time, view.ring) for view in source.read(threading.Event())]
+    assert time == pytest.approx(4, abs=0.2)
+    # The clips are on the same clock.
+    assert ring.groups[-1][-1].time == pytest.approx(4, abs=0.2)
+
+
 def test_fps_limits_the_frames_of_a_file(video):
     with Camera(str(video), 5., fps=5, seconds=1) as source:
         times = [view.time for view in source.read(threading.Event())]

@@ -359,6 +359,20 @@ def test_sound_whose_times_go_back_does_not_end_the_copy(tmp_path):
         assert len(list(reader)) == 24
 
 
+def test_times_of_joined_files_continue(tmp_path):
+    """The second file's begin again; it has fewer frames than the first, by more than a second."""
+    contents = [make_video(tmp_path / f'{n}.ts', n, sound='aac').read_bytes() for n in (100, 50)]
+    (tmp_path / 'joined.ts').write_bytes(b''.join(contents))
+    assert copy_video(tmp_path / 'joined.ts', tmp_path / 'b.mp4') is None
+    for name in ('joined.ts', 'b.mp4'):
+        with VideoReader(tmp_path / name) as reader:
+            times = [frame.time for frame in reader]
+        assert len(times) == 150
+        assert times[100:] == pytest.approx([i / 25 for i in range(100, 150)], abs=0.1)
+    sound = [time for _, time in audio_packets(tmp_path / 'b.mp4')]
+    assert sound == sorted(sound) and sound[-1] == pytest.approx(6, abs=0.2)
+
+
 def mutate(content, rng):
     """Return the bytes of a file with some of them changed, cut off, removed or swapped."""
     content, kind = bytearray(content), rng.choice(('bytes', 'ends', 'cut', 'remove', 'swap'))
