@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -156,11 +157,16 @@ def run_command(arguments, text, timeout):
 
 def check_webhook(url):
     """Raise a UserError if a URL is not one that JSON can be posted to."""
-    parts = urllib.parse.urlsplit(url)
-    if (parts.scheme not in ('http', 'https') or not parts.hostname or '@' in parts.netloc
-            or not url.isascii()):
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_valid = (parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0
+                    and '@' not in parts.netloc and re.fullmatch('[!-~]+', url))
+    except ValueError:      # an invalid port or IPv6 address
+        is_valid = False
+    if not is_valid:
         raise UserError(f'--webhook {redact(url)}: give http://HOST/PATH or https://HOST/PATH, '
-                        f'in ASCII (others as %C3%A4), without a password before the host')
+                        f'in ASCII (others as %C3%A4, a space as %20), without a password before the '
+                        f'host')
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):

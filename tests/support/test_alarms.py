@@ -166,7 +166,9 @@ def test_unexpected_error_does_not_end_the_thread(capsys):
 @pytest.mark.parametrize('options', [
     {'command': 'no-such-program now'}, {'command': ''}, {'command': "sh -c 'open"},
     {'webhook': 'file:///etc/passwd'}, {'webhook': 'localhost:8000'}, {'webhook': 'http:///path'},
-    {'webhook': 'https://user:secret@host/'}, {'webhook': 'http://host/t\xe4'}])
+    {'webhook': 'https://user:secret@host/'}, {'webhook': 'http://host/t\xe4'},
+    {'webhook': 'http://host/?token=secret '}, {'webhook': 'http://host/a\nb'},
+    {'webhook': 'http://[host/'}, {'webhook': 'http://host:a/'}, {'webhook': 'http://host:70000/'}])
 def test_invalid_options_are_user_errors(options):
     with pytest.raises(UserError) as info:
         Alarms('log', options.get('command'), options.get('webhook'), 1)
