@@ -213,6 +213,8 @@ def test_url_is_a_video_and_names_its_output():
     assert copy_name('rtsp://admin:secret@192.168.1.5:554/stream1') == 'stream1.mp4'
     assert copy_name('http://[::1]:8000/clips/a.mkv?token=[1]') == 'a.mkv'
     assert copy_name('rtsp://admin:secret@camera') == 'camera.mp4'
+    assert copy_name('rtsp://admin:p[w@camera/live') == 'live.mp4'
+    assert copy_name('rtsp://camera/user=admin&password=secret&channel=1.sdp') == 'camera.mp4'
     assert not is_video('file:a') and not is_video('ftp://host/a')
 
 
