@@ -58,7 +58,8 @@ class Parameters:
     zone: tuple[str, ...] = ()
     # The zone must be occupied for this many seconds.
     seconds: float = 3.
-    # An absence of up to this many seconds does not end an occupation: detections are missed.
+    # An absence of up to this many seconds, or in a single frame, does not end an occupation:
+    # detections are missed.
     gap: float = 1.
     # Seconds after an alarm without another one. An occupation raises one alarm at most.
     cooldown: float = 60.
@@ -157,6 +158,7 @@ class Occupation:
         self.seconds, self.gap, self.cooldown = seconds, gap, cooldown
         self.start = None           # of the occupation
         self.last_seen = None
+        self.was_empty = False      # in the previous frame
         self.has_alarmed = False    # in this occupation
         self.last_alarm = -math.inf
 
@@ -164,10 +166,12 @@ class Occupation:
         """Return whether to raise an alarm, at a time in seconds on any clock that only rises.
 
         An occupation ends when the zone is found empty more than the gap after it was last
-        occupied. Without a frame in between it continues: the network may need seconds per frame.
+        occupied, and in the frame before, too. A single frame may miss a detection, and more than
+        the gap may pass between two frames: the network may need seconds for one.
         """
+        was_empty, self.was_empty = self.was_empty, not is_occupied
         if not is_occupied:
-            if self.start is not None and now - self.last_seen > self.gap:
+            if self.start is not None and was_empty and now - self.last_seen > self.gap:
                 self.start, self.has_alarmed = None, False
             return False
         if self.start is None:
@@ -275,7 +279,9 @@ class Watch:
         if isinstance(item, Lost):
             if not self.is_lost:
                 self.is_lost = True
-                self.send('camera lost', time.monotonic(), reason=item.problem)
+                now = time.monotonic()
+                self.send('camera lost', now, reason=item.problem)
+                self.occupation.update(now, is_occupied=False)
             return
         if self.is_lost:
             self.is_lost = False

@@ -104,6 +104,13 @@ def test_rule_does_not_depend_on_the_frame_rate():
     assert alarm_times([(5, 6)], seconds=0) == [5]
 
 
+def test_single_missed_detection_is_no_absence_at_any_frame_rate():
+    assert alarm_times([(0, 2), (4, 60)], step=2) == [4]
+    assert alarm_times([(0, 2), (6, 60)], step=2) == [10]
+    assert alarm_times([(0, 60)], gap=0, step=2) == [4]
+    assert alarm_times([(0, 4), (4.5, 60)], seconds=5, gap=0) == [5]
+
+
 def test_point_in_a_polygon():
     concave = [(0., 0.), (1., 0.), (1., 1.), (0.5, 0.5), (0., 1.)]
     assert is_inside(0.1, 0.5, concave) and is_inside(0.5, 0.4, concave)
