@@ -36,7 +36,8 @@ from support.images import is_camera, is_live, print_error, redact, save_image
 from support.onnx_network import check_parameters as check_onnx_parameters
 from support.processes import stop_on_signal
 
-# Clips that may wait for a slow disk: each may hold as much as the ring.
+# Clips that may wait for a slow disk: each may hold as much as the ring. At the end of a connection
+# all that wait for their end come at once, but they share the packets of a single ring.
 MAX_WAITING_CLIPS = 2
 # Packets are kept so many seconds longer than a clip, for detections that take that long.
 SLACK_SECONDS = 5
@@ -80,7 +81,8 @@ class Parameters:
     run: str | None = None
     # A URL to which the JSON is posted.
     webhook: str | None = None
-    # Seconds that the command and the webhook may take; each is tried up to three times.
+    # Seconds that the command may take, and that the webhook's server may send nothing; each is
+    # tried up to three times.
     alarm_timeout: float = 10.
 
     # --- the camera ---
@@ -307,7 +309,8 @@ class Watch:
             clip = self.folder / f'{stem}{view.ring.suffix}'
             view.ring.request(view.time - self.before, view.time + self.after,
                               lambda packets: self.clips.submit(
-                                  write_clip, clip, view.ring.templates, packets))
+                                  write_clip, clip, view.ring.templates, packets,
+                                  is_limited=not view.ring.is_closed))
         self.send('alarm', view.arrival, seen=describe(counts), counts=counts,
                   labels=objects['labels'],
                   scores=[round(score, 4) for score in objects['scores'].tolist()],

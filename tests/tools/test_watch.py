@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import av
 import pytest
@@ -209,6 +210,33 @@ def test_watch_goes_on_without_its_folder(run_main, video, tmp_path, monkeypatch
     assert event['event'] == 'alarm' and event['snapshot'] is None
     assert 'snapshot: ' in error and 'clip: ' in error and '120 frames' in error
     assert error.count('cannot be written') == 2
+
+
+def test_no_clip_is_dropped_at_the_end_of_a_connection(tmp_path, monkeypatch, capsys):
+    """All that wait for their end are written then, also on a slow disk."""
+    written, go_on = [], threading.Event()
+
+    def write_clip(path, templates, packets):
+        go_on.wait(20)
+        written.append(packets)
+
+    monkeypatch.setattr(watch, 'write_clip', write_clip)
+    requests = []
+    ring = types.SimpleNamespace(suffix='.mp4', templates={}, is_closed=False,
+                                 request=lambda start, end, function: requests.append(function))
+    image = Image.new('RGB', (64, 48), 'red')
+    detector = RedDetector(None, 1, ['person'], 0.4, 0.5, 200, 'auto')
+    watched = watch.Watch('a', detector, parse_zone(()), Occupation(0, 0, 0),
+                          alarms.Alarms(tmp_path / 'log.jsonl', None, None, 1), tmp_path, 5, 10)
+    for i in range(6):
+        watched.occupation = Occupation(0, 0, 0)
+        watched.handle(camera.View(image.copy(), i, time.monotonic(), False, ring))
+    ring.is_closed = True
+    for i, function in enumerate(requests):
+        function(i)
+    go_on.set()
+    watched.close(is_interrupted=False)
+    assert written == [0, 1, 2, 3, 4, 5] and 'dropped' not in capsys.readouterr().err
 
 
 def test_camera_is_lost_and_back_and_sigterm_ends_the_watch(
