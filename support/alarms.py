@@ -109,6 +109,7 @@ class Alarms:
             timeout: seconds that a command may take, and each wait for the webhook's server.
         """
         self.log, self.timeout = log, timeout
+        self.log_line_end = ''  # of a line that a full disk has cut off
         self.functions = []     # (worker, function of the JSON)
         if command is not None:
             arguments = split_command(command)
@@ -128,8 +129,10 @@ class Alarms:
             print_error(f'standard output: {error}')
         try:
             with open(self.log, 'a', encoding='utf-8') as log_file:
-                log_file.write(text)
+                log_file.write(self.log_line_end + text)
+            self.log_line_end = ''
         except OSError as error:
+            self.log_line_end = '\n'
             print_error(f'{self.log} cannot be written ({error.strerror}); free some space')
         for worker, function in self.functions:
             worker.submit(function, text)

@@ -143,6 +143,7 @@ def check_parameters(p):
         raise UserError(f'{redact(p.source)} is no file; give a video file, the number of a camera '
                         f'or a URL (rtsp://..., http://...)')
     make_folder(pathlib.Path(p.log).parent)
+    open(p.log, 'a').close()    # fails here, not at the first alarm
     if p.clips:
         make_folder(p.clips)
 

@@ -145,6 +145,23 @@ def test_full_disk_is_a_line(capsys):
     assert '/dev/full cannot be written (No space left on device)' in capsys.readouterr().err
 
 
+def test_line_after_one_that_a_full_disk_has_cut_off_is_whole(tmp_path, capsys):
+    """The limit is that of the whole process: with capsys, pytest writes no files meanwhile."""
+    resource = pytest.importorskip('resource')
+    sender = Alarms(tmp_path / 'log', None, None, 1)
+    sender.send({'event': 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        sender.send({'event': 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sender.send({'event': 3})
+    sender.send({'event': 4})
+    assert (tmp_path / 'log').read_text() == (
+        '{"event": 1}\n' '{"event' '\n' '{"event": 3}\n' '{"event": 4}\n')
+
+
 def test_interrupted_worker_tries_once(capsys):
     def fail():
         raise UserError('no')

@@ -285,7 +285,8 @@ def test_password_is_neither_printed_nor_written(run_main, tmp_path):
     ({'seconds': -1.}, 'seconds is -1'), ({'fps': 0.}, 'fps is 0'),
     ({'min_score': 40.}, 'min_score is 40'), ({'max_overlap': math.nan}, 'max_overlap is nan'),
     ({'classes': ('cat',)}, 'no class is named cat; the model has person, dog'),
-    ({'run': 'no-such-program'}, 'no such program'), ({'webhook': 'ftp://x'}, '--webhook ftp://x'),
+    ({'log': '.'}, ": '.'"), ({'run': 'no-such-program'}, 'no such program'),
+    ({'webhook': 'ftp://x'}, '--webhook ftp://x'),
 ])
 def test_invalid_parameters_are_user_errors(run_main, video, options, message, capsys):
     with pytest.raises(SystemExit):
