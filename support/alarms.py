@@ -87,7 +87,8 @@ class Worker:
             except Exception as error:  # it must not end the thread
                 self._report(error)
                 if pause is None or self.no_retries.wait(pause):
-                    return False
+                    break
+        return False
 
     def _report(self, text):
         """Print a line, if the program that reads standard error has not ended."""
@@ -190,8 +191,8 @@ def check_webhook(url):
         is_valid = False
     if not is_valid:
         raise UserError(f'--webhook {redact(url)}: give http://HOST/PATH or https://HOST/PATH, '
-                        f'in ASCII (others as %C3%A4, a space as %20), without a password before the '
-                        f'host')
+                        f'in ASCII (others as %C3%A4, a space as %20), without a password before '
+                        f'the host')
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
