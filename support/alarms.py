@@ -3,10 +3,12 @@
 Commands and webhooks run in threads, one after another. What fails is a line on standard error.
 """
 
+import contextlib
 import http.client
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -21,6 +23,8 @@ from support.images import print_error, redact
 
 # Seconds before the second and the third try.
 RETRY_PAUSES = (1, 5)
+# Seconds after which a line tells why the watch has not ended yet.
+NOTICE_SECONDS = 1
 # Events that may wait for a command or a webhook.
 MAX_WAITING = 16
 
@@ -28,7 +32,8 @@ MAX_WAITING = 16
 class Worker:
     """A thread that runs functions one after another; those without a place are dropped.
 
-    A function that fails is called again after each of `RETRY_PAUSES`, if `retry`.
+    A function that fails is called again after each of `RETRY_PAUSES`, if `retry`. Then the next
+    ones would probably fail, too: after an interruption they are not called.
     """
 
     def __init__(self, name, max_waiting=MAX_WAITING, retry=False):
@@ -40,36 +45,55 @@ class Worker:
             retry: whether a function that fails is called again.
         """
         self.name, self.pauses = name, RETRY_PAUSES if retry else ()
-        self.waiting = queue.Queue(max_waiting)
+        self.max_waiting, self.waiting = max_waiting, queue.Queue()
         self.no_retries = threading.Event()
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
-    def submit(self, function, *args):
-        """Run a function in the thread, soon."""
-        try:
-            self.waiting.put_nowait((function, args))
-        except queue.Full:
-            print_error(f'{self.name}: {self.waiting.maxsize} are waiting; this one is dropped')
+    def submit(self, function, *args, is_limited=True):
+        """Run a function in the thread, soon; if not `is_limited`, whatever number is waiting."""
+        if is_limited and self.waiting.qsize() >= self.max_waiting:
+            self._report(f'{self.max_waiting} are waiting; this one is dropped')
+        else:
+            self.waiting.put((function, args))
 
     def close(self, is_interrupted):
         """Wait until all are done; after an interruption, what fails is not tried again."""
         if is_interrupted:
             self.no_retries.set()
         self.waiting.put(None)
-        self.thread.join()
+        self.thread.join(NOTICE_SECONDS)
+        if self.thread.is_alive():
+            self._report('not done yet, please wait')
+            self.thread.join()
 
     def _run(self):
         """Run what is submitted."""
+        is_failing, n_skipped = False, 0
         for function, args in iter(self.waiting.get, None):
-            for pause in (*self.pauses, None):
-                try:
-                    function(*args)
+            if is_failing and self.pauses and self.no_retries.is_set():
+                n_skipped += 1
+            else:
+                is_failing = not self._try(function, args)
+        if n_skipped:
+            self._report(f'{n_skipped} were waiting; they are dropped')
+
+    def _try(self, function, args):
+        """Call a function up to three times; returns whether it succeeded."""
+        for pause in (*self.pauses, None):
+            try:
+                function(*args)
+                return True
+            except Exception as error:  # it must not end the thread
+                self._report(error)
+                if pause is None or self.no_retries.wait(pause):
                     break
-                except Exception as error:  # without its thread, close() would wait forever
-                    print_error(f'{self.name}: {error}')
-                    if pause is None or self.no_retries.wait(pause):
-                        break
+        return False
+
+    def _report(self, text):
+        """Print a line, if the program that reads standard error has not ended."""
+        with contextlib.suppress(OSError):
+            print_error(f'{self.name}: {text}')
 
 
 class Alarms:
@@ -83,9 +107,10 @@ class Alarms:
             command: a command line, run without a shell, with the JSON on its standard input; or
                 None.
             webhook: the URL to which the JSON is posted; or None.
-            timeout: seconds that a command or a webhook may take.
+            timeout: seconds that a command may take, and each wait for the webhook's server.
         """
         self.log, self.timeout = log, timeout
+        self.log_line_end = ''  # of a line that a full disk has cut off
         self.functions = []     # (worker, function of the JSON)
         if command is not None:
             arguments = split_command(command)
@@ -105,8 +130,10 @@ class Alarms:
             print_error(f'standard output: {error}')
         try:
             with open(self.log, 'a', encoding='utf-8') as log_file:
-                log_file.write(text)
+                log_file.write(self.log_line_end + text)
+            self.log_line_end = ''
         except OSError as error:
+            self.log_line_end = '\n'
             print_error(f'{self.log} cannot be written ({error.strerror}); free some space')
         for worker, function in self.functions:
             worker.submit(function, text)
@@ -156,11 +183,16 @@ def run_command(arguments, text, timeout):
 
 def check_webhook(url):
     """Raise a UserError if a URL is not one that JSON can be posted to."""
-    parts = urllib.parse.urlsplit(url)
-    if (parts.scheme not in ('http', 'https') or not parts.hostname or '@' in parts.netloc
-            or not url.isascii()):
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_valid = (parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0
+                    and '@' not in parts.netloc and re.fullmatch('[!-~]+', url))
+    except ValueError:      # an invalid port or IPv6 address
+        is_valid = False
+    if not is_valid:
         raise UserError(f'--webhook {redact(url)}: give http://HOST/PATH or https://HOST/PATH, '
-                        f'in ASCII (others as %C3%A4), without a password before the host')
+                        f'in ASCII (others as %C3%A4, a space as %20), without a password before '
+                        f'the host')
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -174,8 +206,8 @@ def post_json(url, text, timeout):
     """Post JSON to a URL.
 
     Raises:
-        UserError: there was no answer in time, or its status was not 2xx. Only the host is named,
-            since the rest of the URL may be secret.
+        UserError: the server sent nothing for `timeout` seconds, or its status was not 2xx. Only
+            the host is named, since the rest of the URL may be secret.
     """
     host = urllib.parse.urlsplit(url).hostname
     request = urllib.request.Request(url, text.encode(), {'Content-Type': 'application/json'})

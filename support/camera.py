@@ -17,7 +17,7 @@ import time
 
 from PIL import Image
 
-from support.clips import UNTIMED_FORMATS, Ring
+from support.clips import Ring
 from support.errors import UserError
 from support.images import is_camera, is_live
 from support.video import AV_ERRORS, VideoReader, reason_of
@@ -51,7 +51,7 @@ class RingReader(VideoReader):
     """A reader of frames that keeps the packets of the last seconds.
 
     Attributes:
-        ring: a new one after each change of the picture's size.
+        ring: of a file a new one after each change of the picture's size.
         arrival: time.monotonic() when the last packet had been received.
     """
 
@@ -94,16 +94,22 @@ class RingReader(VideoReader):
 
     def _make_ring(self):
         """Return an empty ring."""
-        is_timed = not (self.is_live and self.container.format.name in UNTIMED_FORMATS)
-        return Ring([self.stream, *self.audio_streams], self.seconds, is_timed)
+        return Ring([self.stream, *self.audio_streams], self.seconds, self.is_timed)
 
     def _decode(self, packet):
-        """Decode a packet; a new size of the frames begins a new ring."""
+        """Decode a packet; a new size of the frames begins a new ring.
+
+        Raises:
+            UserError: a live source has a new size. The streams that clips are copied from have the
+                old one, which only a new connection changes.
+        """
         frames = super()._decode(packet)
         if frames:
             self.decoded_at = self.arrival
             size = frames[-1].width, frames[-1].height
             if self.size not in (None, size):
+                if self.is_live:
+                    raise UserError('the picture has a new size')
                 self.ring.close()
                 self.ring = self._make_ring()
             self.size = size

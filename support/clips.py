@@ -14,12 +14,12 @@ from support.video import AV_ERRORS, reason_of
 
 # Memory for the packets of a ring: 30 seconds of 32 Mbit/s.
 MAX_RING_BYTES = 2 ** 27
-# Times of packets that differ by so many seconds more, or less, than their arrivals are wrong.
+# A packet whose time is so many seconds further on than its arrival, or further back than the
+# previous one's, has a wrong time. Less than its arrival is none: after a pause the packets that
+# were held up come at once.
 MAX_JUMP = 5
 # What players expect in mp4. Matroska takes nearly every codec, and QuickTime telephone sound.
 MP4_CODECS = {'h264', 'hevc', 'aac', 'mp3'}
-# FFmpeg numbers the frames of these formats as if there were 25 per second.
-UNTIMED_FORMATS = ('mpjpeg', 'mjpeg', 'h264', 'hevc', 'm4v')
 
 
 @dataclasses.dataclass(slots=True)
@@ -184,7 +184,7 @@ def timed_from_zero(packets):
         step = elapsed = packet.time - reference.time
         if packet.dts is not None and reference.dts is not None:
             step = float(packet.dts * packet.time_base - reference.dts * reference.time_base)
-        if abs(step - elapsed) > MAX_JUMP:
+        if not -MAX_JUMP <= step <= elapsed + MAX_JUMP:
             step = elapsed
         position += step
         last = max(position, last + 0.001)

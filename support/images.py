@@ -103,8 +103,8 @@ def choose_outputs(inputs, output):
     if len(inputs) == 1 and suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES and not output.is_dir():
         suffixes = OUTPUT_VIDEO_SUFFIXES if is_video(inputs[0]) else IMAGE_SUFFIXES
         if suffix not in suffixes:
-            raise UserError(f'{output}: {inputs[0]} cannot be written as {suffix}; give one of '
-                            f'{" ".join(suffixes)}')
+            raise UserError(f'{output}: {redact(str(inputs[0]))} cannot be written as {suffix}; '
+                            f'give one of {" ".join(suffixes)}')
         make_folder(output.parent)
         return [output]
     make_folder(output)
@@ -121,7 +121,7 @@ def choose_outputs(inputs, output):
 def candidate_names(name):
     """Yield file names for the annotated version of an input: a.jpg, a_2.jpg, a_3.jpg, ..."""
     if is_stream(name):
-        parts = urllib.parse.urlsplit(name)
+        parts = urllib.parse.urlsplit(redact(name))
         path = pathlib.Path(parts.path.strip('/') or parts.hostname or 'stream')
     else:
         path = pathlib.Path({'-': 'stdin'}.get(name, f'camera_{name}' if is_camera(name) else name))

@@ -12,8 +12,10 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import platform
+import time
 from fractions import Fraction
 
 import av
@@ -34,6 +36,10 @@ WHITELISTS = {'file': ('file', FILE_FORMATS),
               'http': ('http,https,tcp,tls,crypto', HTTP_FORMATS),
               'rtsp': ('rtp,udp,tcp,tls', 'rtsp'),
               'rtmp': ('rtmp,rtmps,tcp,tls', 'flv')}
+# FFmpeg numbers the frames of these formats as if there were 25 per second.
+UNTIMED_FORMATS = ('mpjpeg', 'mjpeg', 'h264', 'hevc', 'm4v')
+# Seconds that the times of a stream go back where files were joined, at least. Less is disorder.
+MIN_STEP_BACK = 1
 
 # The largest frame of H.264's highest level, 6.2. A damaged file may claim any size.
 MAX_PIXELS = 8192 * 4352
@@ -72,6 +78,8 @@ class VideoReader:
     Attributes:
         n_frames: number of frames by the file's header, or estimated from its duration; None if
             unknown.
+        is_timed: False for a network stream whose frames have no times of their own: theirs are
+            those of their arrival.
         n_broken: number of frames so far that could not be decoded.
         problem: why the video ended early, or None.
         audio_packets: packets of sound read so far, not decoded; the writer takes them from here.
@@ -118,6 +126,8 @@ class VideoReader:
         # Threads that decode a frame each are faster, but delay the frames of a live source.
         self.stream.thread_type = 'SLICE' if input_format or timeout else 'AUTO'
         self.audio_streams = list(self.container.streams.audio)
+        self.is_timed = timeout is None or self.container.format.name not in UNTIMED_FORMATS
+        self.time_base = self.stream.time_base if self.is_timed else Fraction(1, 1000)
         self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
         # A camera's clock starts with the machine.
         self.start = Fraction(self.container.start_time or 0, av.time_base)
@@ -147,25 +157,29 @@ class VideoReader:
 
     def _read(self):
         """Yield frames, and store packets of sound."""
-        number, previous_time = 0, -1 / self.rate
+        number, frame_time, first_arrival = 0, -1 / self.rate, None
         for packet in self._packets():
             for decoded in self._decode(packet):
                 # Some files, and all raw streams, have no presentation times. AVI's are decoding
                 # times.
-                time = previous_time + 1 / self.rate
-                if decoded.pts is not None and self.container.format.name != 'avi':
-                    time = decoded.pts * decoded.time_base - self.start
-                previous_time = time
+                frame_time += 1 / self.rate
                 duration = float((decoded.duration or 0) * decoded.time_base)
-                yield Frame(decoded, number, float(time), duration)
+                if not self.is_timed:
+                    first_arrival = first_arrival or time.monotonic()
+                    frame_time, duration = time.monotonic() - first_arrival, 0.
+                elif decoded.pts is not None and self.container.format.name != 'avi':
+                    frame_time = decoded.pts * decoded.time_base - self.start
+                yield Frame(decoded, number, float(frame_time), duration)
                 number += 1
 
     def _packets(self):
         """Yield the packets of the pictures, and store those of the sound."""
         packets, end = self.container.demux(self.stream, *self.audio_streams), 0
+        positions = {}
         try:
             for packet in packets:
                 if packet.dts is not None:
+                    self._shift(packet, positions)
                     end = max(end, (packet.dts + (packet.duration or 0)) * packet.time_base)
                 if packet.stream.type == 'video':
                     yield packet
@@ -180,6 +194,26 @@ class VideoReader:
         has_duration = self.container.format.name.startswith(('matroska', 'mov'))
         if has_duration and all_read and end < min(0.95 * seconds, seconds - 0.5):
             self.problem = self.problem or f'it should last {seconds:.1f} s'
+
+    def _shift(self, packet, positions):
+        """Let the times of a packet rise where those of joined files begin again.
+
+        Args:
+            packet: its times are changed.
+            positions: {index of a stream: (time of its last packet, seconds that were added to it)}
+        """
+        last, offset = positions.get(packet.stream.index, (-math.inf, 0))
+        packet_time = packet.dts * packet.time_base
+        if packet_time + offset < last - MIN_STEP_BACK:
+            # As much as the other streams, if they have begun again: sound and pictures stay
+            # together.
+            offset = max(seconds for _, seconds in positions.values())
+            if packet_time + offset < last - MIN_STEP_BACK:
+                offset = last + 1 / self.rate - packet_time
+        positions[packet.stream.index] = packet_time + offset, offset
+        packet.dts += round(offset / packet.time_base)
+        if packet.pts is not None:
+            packet.pts += round(offset / packet.time_base)
 
     def _store_audio(self, packet):
         """Store a packet of sound for the writer."""
@@ -258,7 +292,7 @@ class VideoWriter:
                                            pixel_ratio)
         # AVI and MPEG-4 only have a constant frame rate; elsewhere each frame has its own time.
         constant_rate = self.path.suffix.lower() == '.avi' or encoder == 'mpeg4'
-        self.time_base = 1 / self.reader.rate if constant_rate else self.reader.stream.time_base
+        self.time_base = 1 / self.reader.rate if constant_rate else self.reader.time_base
         context.time_base = self.time_base
         if constant_rate:
             context.max_b_frames = 0  # AVI has no presentation order

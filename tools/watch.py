@@ -36,7 +36,8 @@ from support.images import is_camera, is_live, print_error, redact, save_image
 from support.onnx_network import check_parameters as check_onnx_parameters
 from support.processes import stop_on_signal
 
-# Clips that may wait for a slow disk: each may hold as much as the ring.
+# Clips that may wait for a slow disk: each may hold as much as the ring. At the end of a connection
+# all that wait for their end come at once, but they share the packets of a single ring.
 MAX_WAITING_CLIPS = 2
 # Packets are kept so many seconds longer than a clip, for detections that take that long.
 SLACK_SECONDS = 5
@@ -58,7 +59,8 @@ class Parameters:
     zone: tuple[str, ...] = ()
     # The zone must be occupied for this many seconds.
     seconds: float = 3.
-    # An absence of up to this many seconds does not end an occupation: detections are missed.
+    # An absence of up to this many seconds, or in a single frame, does not end an occupation:
+    # detections are missed.
     gap: float = 1.
     # Seconds after an alarm without another one. An occupation raises one alarm at most.
     cooldown: float = 60.
@@ -79,7 +81,8 @@ class Parameters:
     run: str | None = None
     # A URL to which the JSON is posted.
     webhook: str | None = None
-    # Seconds that the command and the webhook may take; each is tried up to three times.
+    # Seconds that the command may take, and that the webhook's server may send nothing; each is
+    # tried up to three times.
     alarm_timeout: float = 10.
 
     # --- the camera ---
@@ -140,6 +143,7 @@ def check_parameters(p):
         raise UserError(f'{redact(p.source)} is no file; give a video file, the number of a camera '
                         f'or a URL (rtsp://..., http://...)')
     make_folder(pathlib.Path(p.log).parent)
+    open(p.log, 'a').close()    # fails here, not at the first alarm
     if p.clips:
         make_folder(p.clips)
 
@@ -157,6 +161,7 @@ class Occupation:
         self.seconds, self.gap, self.cooldown = seconds, gap, cooldown
         self.start = None           # of the occupation
         self.last_seen = None
+        self.was_empty = False      # in the previous frame
         self.has_alarmed = False    # in this occupation
         self.last_alarm = -math.inf
 
@@ -164,10 +169,12 @@ class Occupation:
         """Return whether to raise an alarm, at a time in seconds on any clock that only rises.
 
         An occupation ends when the zone is found empty more than the gap after it was last
-        occupied. Without a frame in between it continues: the network may need seconds per frame.
+        occupied, and in the frame before, too. A single frame may miss a detection, and more than
+        the gap may pass between two frames: the network may need seconds for one.
         """
+        was_empty, self.was_empty = self.was_empty, not is_occupied
         if not is_occupied:
-            if self.start is not None and now - self.last_seen > self.gap:
+            if self.start is not None and was_empty and now - self.last_seen > self.gap:
                 self.start, self.has_alarmed = None, False
             return False
         if self.start is None:
@@ -275,7 +282,9 @@ class Watch:
         if isinstance(item, Lost):
             if not self.is_lost:
                 self.is_lost = True
-                self.send('camera lost', time.monotonic(), reason=item.problem)
+                now = time.monotonic()
+                self.send('camera lost', now, reason=item.problem)
+                self.occupation.update(now, is_occupied=False)
             return
         if self.is_lost:
             self.is_lost = False
@@ -301,7 +310,8 @@ class Watch:
             clip = self.folder / f'{stem}{view.ring.suffix}'
             view.ring.request(view.time - self.before, view.time + self.after,
                               lambda packets: self.clips.submit(
-                                  write_clip, clip, view.ring.templates, packets))
+                                  write_clip, clip, view.ring.templates, packets,
+                                  is_limited=not view.ring.is_closed))
         self.send('alarm', view.arrival, seen=describe(counts), counts=counts,
                   labels=objects['labels'],
                   scores=[round(score, 4) for score in objects['scores'].tolist()],

@@ -86,7 +86,7 @@ def test_webhook_that_fails_is_tried_three_times(tmp_path, webhook, capsys):
 
 def test_webhook_that_never_answers_does_not_hold_up_others(tmp_path, webhook, capsys):
     url, _, answers = webhook
-    answers += [None] * 3
+    answers += [None] * 25
     sender = Alarms(tmp_path / 'log.jsonl', f"sh -c 'cat >> {tmp_path}/out'", url, 0.5)
     for _ in range(25):
         sender.send(EVENT)
@@ -94,7 +94,8 @@ def test_webhook_that_never_answers_does_not_hold_up_others(tmp_path, webhook, c
     sender.close(is_interrupted=True)
     error = capsys.readouterr().err
     assert 'webhook: 127.0.0.1 cannot be reached (timed out)' in error
-    assert 'webhook: 16 are waiting' in error   # bounded memory
+    assert 'webhook: 16 are waiting; this one is dropped' in error  # bounded memory
+    assert 'were waiting; they are dropped' in error    # without a timeout for each
 
 
 def test_redirect_is_not_followed(webhook):
@@ -144,6 +145,23 @@ def test_full_disk_is_a_line(capsys):
     assert '/dev/full cannot be written (No space left on device)' in capsys.readouterr().err
 
 
+def test_line_after_one_that_a_full_disk_has_cut_off_is_whole(tmp_path, capsys):
+    """The limit is that of the whole process: with capsys, pytest writes no files meanwhile."""
+    resource = pytest.importorskip('resource')
+    sender = Alarms(tmp_path / 'log', None, None, 1)
+    sender.send({'event': 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        sender.send({'event': 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sender.send({'event': 3})
+    sender.send({'event': 4})
+    assert (tmp_path / 'log').read_text() == (
+        '{"event": 1}\n' '{"event' '\n' '{"event": 3}\n' '{"event": 4}\n')
+
+
 def test_interrupted_worker_tries_once(capsys):
     def fail():
         raise UserError('no')
@@ -153,6 +171,40 @@ def test_interrupted_worker_tries_once(capsys):
     worker.submit(fail)
     worker.close(is_interrupted=True)
     assert capsys.readouterr().err == 'test: no\n'
+
+
+def test_clips_do_not_wait_for_a_place_if_they_must_not(capsys):
+    """And one that fails does not drop the others."""
+    go_on, done = threading.Event(), []
+    worker = Worker('clip', max_waiting=1)
+    worker.submit(go_on.wait)
+    worker.submit(lambda: 1 / 0, is_limited=False)
+    for i in range(4):
+        worker.submit(done.append, i, is_limited=False)
+    go_on.set()
+    worker.close(is_interrupted=True)
+    assert done == [0, 1, 2, 3] and capsys.readouterr().err == 'clip: division by zero\n'
+
+
+def test_long_end_is_announced(monkeypatch, capsys):
+    monkeypatch.setattr(alarms, 'NOTICE_SECONDS', 0.01)
+    worker = Worker('clip')
+    worker.submit(time.sleep, 0.5)
+    worker.close(is_interrupted=False)
+    assert capsys.readouterr().err == 'clip: not done yet, please wait\n'
+
+
+def test_broken_standard_error_does_not_end_the_thread(monkeypatch):
+    """The program that reads it has ended."""
+    def print_error(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(alarms, 'print_error', print_error)
+    worker, done = Worker('test'), []
+    worker.submit(lambda: 1 / 0)
+    worker.submit(done.append, 1)
+    worker.close(is_interrupted=False)
+    assert done == [1]
 
 
 def test_unexpected_error_does_not_end_the_thread(capsys):
@@ -166,7 +218,9 @@ def test_unexpected_error_does_not_end_the_thread(capsys):
 @pytest.mark.parametrize('options', [
     {'command': 'no-such-program now'}, {'command': ''}, {'command': "sh -c 'open"},
     {'webhook': 'file:///etc/passwd'}, {'webhook': 'localhost:8000'}, {'webhook': 'http:///path'},
-    {'webhook': 'https://user:secret@host/'}, {'webhook': 'http://host/t\xe4'}])
+    {'webhook': 'https://user:secret@host/'}, {'webhook': 'http://host/t\xe4'},
+    {'webhook': 'http://host/?token=secret '}, {'webhook': 'http://host/a\nb'},
+    {'webhook': 'http://[host/'}, {'webhook': 'http://host:a/'}, {'webhook': 'http://host:70000/'}])
 def test_invalid_options_are_user_errors(options):
     with pytest.raises(UserError) as info:
         Alarms('log', options.get('command'), options.get('webhook'), 1)

@@ -184,18 +184,38 @@ def test_camera_with_sound_but_without_frames_is_lost(make_camera, jpeg_part):
     assert 'no frame could be decoded' in problem or 'no data came in time' in problem
 
 
-def test_new_size_begins_a_new_ring(make_camera, jpeg_part):
+def test_new_size_of_a_camera_is_a_new_connection(make_camera, jpeg_part):
+    """So that the clips, whose streams are those of the connection, have it in their header."""
+    large = send_forever(jpeg_part('blue', (96, 72)))
+
     def script(send, is_closed):
         for _ in range(20):
             send(jpeg_part('red'))
             is_closed.wait(0.02)
-        while not is_closed.wait(0.02):
-            send(jpeg_part('blue', (96, 72)))
+        large(send, is_closed)
 
-    items = read_until(make_camera(script), is_color('blue'))
-    assert not any(isinstance(item, Lost) for item in items)
-    assert items[0].image.size == (64, 48) and items[-1].image.size == (96, 72)
-    assert items[0].ring is not items[-1].ring and items[0].ring.is_closed
+    items = read_until(make_camera(script, large), is_color('blue'))
+    problem, = [item.problem for item in items if isinstance(item, Lost)]
+    assert problem == 'the picture has a new size' and items[0].ring.is_closed
+    stream, = items[-1].ring.templates.values()
+    assert (stream.width, stream.height) == items[-1].image.size == (96, 72)
+
+
+def test_new_size_in_a_file_begins_a_new_ring(tmp_path):
+    path = tmp_path / 'a.ts'
+    for size in ((64, 48), (96, 72)):
+        content = path.read_bytes() if path.exists() else b''
+        with av.open(str(path), 'w') as container:
+            stream = container.add_stream('mpeg2video', rate=25)
+            stream.width, stream.height = size
+            for _ in range(20):
+                container.mux(stream.encode(av.VideoFrame(*size)))
+            container.mux(stream.encode())
+        path.write_bytes(content + path.read_bytes())
+    with Camera(str(path), 5., fps=None, seconds=100) as source:
+        views = list(source.read(threading.Event()))
+    assert views[0].image.size == (64, 48) and views[-1].image.size == (96, 72)
+    assert views[0].ring is not views[-1].ring and views[0].ring.is_closed
 
 
 @pytest.fixture
@@ -215,6 +235,23 @@ def test_every_frame_of_a_file_is_yielded_once(video):
     with Camera(str(video), 5., fps=None, seconds=1) as source:
         times = [view.time for view in source.read(threading.Event())]
     assert times == pytest.approx([i / 25 for i in range(50)], abs=0.002)
+
+
+def test_joined_file_is_watched_to_its_end(tmp_path):
+    """The times of its second half begin again."""
+    path = tmp_path / 'a.ts'
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('mpeg2video', rate=25)
+        stream.width, stream.height = 64, 48
+        for _ in range(50):
+            container.mux(stream.encode(av.VideoFrame(64, 48)))
+        container.mux(stream.encode())
+    path.write_bytes(2 * path.read_bytes())
+    with Camera(str(path), 5., fps=None, seconds=100) as source:
+        *_, (time, ring) = [(view.time, view.ring) for view in source.read(threading.Event())]
+    assert time == pytest.approx(4, abs=0.2)
+    # The clips are on the same clock.
+    assert ring.groups[-1][-1].time == pytest.approx(4, abs=0.2)
 
 
 def test_fps_limits_the_frames_of_a_file(video):

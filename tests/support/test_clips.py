@@ -92,11 +92,13 @@ def test_times_that_begin_again_rise_in_the_clip(video, tmp_path):
     assert sound[-1] == pytest.approx(4, abs=0.4)
 
 
+def packet(time, dts):
+    """Return an empty packet that arrived at a time, with its own time in hundredths."""
+    return StoredPacket(b'', 0, True, dts, dts, Fraction(1, 100), 0, time)
+
+
 def test_arrivals_replace_missing_times():
     """Without times of their own, or with a jump, packets are as far apart as they arrived."""
-    def packet(time, dts):
-        return StoredPacket(b'', 0, True, dts, dts, Fraction(1, 100), 0, time)
-
     untimed = [packet(time, None) for time in (50, 50, 50.1, 50.4)]
     assert [position for _, position in timed_from_zero(untimed)] == pytest.approx(
         [0, 0.001, 0.1, 0.4])
@@ -105,6 +107,14 @@ def test_arrivals_replace_missing_times():
                                                  (7.3, 100512), (7.4, 100))]
     assert [position for _, position in timed_from_zero(jumps)] == pytest.approx(
         [0, 0.04, 0.08, 0.18, 0.22, 0.32])
+
+
+def test_bursts_do_not_lengthen_a_clip():
+    """The segments of a playlist arrive at once, each 6 seconds after the previous one."""
+    packets = [packet(6 * segment + 0.003 * i, 600 * segment + 4 * i)
+               for segment in range(4) for i in range(150)]
+    positions = [position for _, position in timed_from_zero(packets)]
+    assert positions == pytest.approx([0.04 * i for i in range(600)])
 
 
 def test_ring_is_bounded_in_seconds_and_in_bytes(video, monkeypatch):

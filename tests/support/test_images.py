@@ -56,6 +56,12 @@ def test_outputs_are_files_or_go_into_a_folder(tmp_path):
     assert choose_outputs(['a.jpg'], tmp_path / 'folder.png') == [tmp_path / 'folder.png' / 'a.jpg']
 
 
+def test_password_of_a_url_is_not_in_the_message(tmp_path):
+    with pytest.raises(UserError, match='rtsp://camera/live cannot be written as .jpg') as info:
+        choose_outputs(['rtsp://admin:secret@camera/live'], tmp_path / 'a.jpg')
+    assert 'secret' not in str(info.value)
+
+
 def test_output_that_would_replace_an_input_is_user_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_outputs(['photo.png'], [tmp_path / 'other.png'])

@@ -2,12 +2,14 @@
 reader open another file or server, hang, or fail other than with a UserError."""
 
 import contextlib
+import functools
 import http.server
 import itertools
 import os
 import random
 import socket
 import threading
+import types
 from fractions import Fraction
 
 import av
@@ -211,6 +213,8 @@ def test_url_is_a_video_and_names_its_output():
     assert copy_name('rtsp://admin:secret@192.168.1.5:554/stream1') == 'stream1.mp4'
     assert copy_name('http://[::1]:8000/clips/a.mkv?token=[1]') == 'a.mkv'
     assert copy_name('rtsp://admin:secret@camera') == 'camera.mp4'
+    assert copy_name('rtsp://admin:p[w@camera/live') == 'live.mp4'
+    assert copy_name('rtsp://camera/user=admin&password=secret&channel=1.sdp') == 'camera.mp4'
     assert not is_video('file:a') and not is_video('ftp://host/a')
 
 
@@ -285,6 +289,28 @@ def test_stream_is_read_from_a_server(tmp_path, server):
     assert requests[-1] == '/a.ts'
 
 
+def test_frames_without_times_are_as_far_apart_as_they_arrive(
+        tmp_path, make_camera, jpeg_part, monkeypatch):
+    """FFmpeg numbers those of a motion JPEG camera as if there were 25 per second."""
+    clock = types.SimpleNamespace(monotonic=functools.partial(next, itertools.count(100, 0.25)))
+    monkeypatch.setattr('support.video.time', clock)
+
+    def script(send, is_closed):
+        for _ in range(8):
+            send(jpeg_part('red'))
+
+    with (VideoReader(make_camera(script), 5) as reader,
+          VideoWriter(tmp_path / 'a.mp4', reader) as writer):
+        times = []
+        for frame in reader:
+            times.append(frame.time)
+            writer.write(frame)
+    assert len(times) > 5
+    assert all(after - before == 0.25 for before, after in itertools.pairwise(times))
+    with VideoReader(tmp_path / 'a.mp4') as copy:
+        assert [frame.time + times[0] for frame in copy] == pytest.approx(times, abs=0.002)
+
+
 def test_stream_that_falls_silent_ends(tmp_path, server):
     make_video(tmp_path / 'half.mp4', 60, options={'movflags': 'faststart'})
     with VideoReader(f'{server[0]}/half.mp4', timeout=0.5) as reader:
@@ -333,6 +359,20 @@ def test_sound_whose_times_go_back_does_not_end_the_copy(tmp_path):
     assert 'gaps in its sound' in copy_video(tmp_path / 'twice.ts', tmp_path / 'b.mp4')
     with VideoReader(tmp_path / 'b.mp4') as reader:
         assert len(list(reader)) == 24
+
+
+def test_times_of_joined_files_continue(tmp_path):
+    """The second file's begin again; it has fewer frames than the first, by more than a second."""
+    contents = [make_video(tmp_path / f'{n}.ts', n, sound='aac').read_bytes() for n in (100, 50)]
+    (tmp_path / 'joined.ts').write_bytes(b''.join(contents))
+    assert copy_video(tmp_path / 'joined.ts', tmp_path / 'b.mp4') is None
+    for name in ('joined.ts', 'b.mp4'):
+        with VideoReader(tmp_path / name) as reader:
+            times = [frame.time for frame in reader]
+        assert len(times) == 150
+        assert times[100:] == pytest.approx([i / 25 for i in range(100, 150)], abs=0.1)
+    sound = [time for _, time in audio_packets(tmp_path / 'b.mp4')]
+    assert sound == sorted(sound) and sound[-1] == pytest.approx(6, abs=0.2)
 
 
 def mutate(content, rng):

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import av
 import pytest
@@ -102,6 +103,13 @@ def test_rule_does_not_depend_on_the_frame_rate():
     assert alarm_times([(1, 30)], step=2) == [6]
     assert alarm_times([(1, 30)], step=1 / 64) == [4]
     assert alarm_times([(5, 6)], seconds=0) == [5]
+
+
+def test_single_missed_detection_is_no_absence_at_any_frame_rate():
+    assert alarm_times([(0, 2), (4, 60)], step=2) == [4]
+    assert alarm_times([(0, 2), (6, 60)], step=2) == [10]
+    assert alarm_times([(0, 60)], gap=0, step=2) == [4]
+    assert alarm_times([(0, 4), (4.5, 60)], seconds=5, gap=0) == [5]
 
 
 def test_point_in_a_polygon():
@@ -204,6 +212,33 @@ def test_watch_goes_on_without_its_folder(run_main, video, tmp_path, monkeypatch
     assert error.count('cannot be written') == 2
 
 
+def test_no_clip_is_dropped_at_the_end_of_a_connection(tmp_path, monkeypatch, capsys):
+    """All that wait for their end are written then, also on a slow disk."""
+    written, go_on = [], threading.Event()
+
+    def write_clip(path, templates, packets):
+        go_on.wait(20)
+        written.append(packets)
+
+    monkeypatch.setattr(watch, 'write_clip', write_clip)
+    requests = []
+    ring = types.SimpleNamespace(suffix='.mp4', templates={}, is_closed=False,
+                                 request=lambda start, end, function: requests.append(function))
+    image = Image.new('RGB', (64, 48), 'red')
+    detector = RedDetector(None, 1, ['person'], 0.4, 0.5, 200, 'auto')
+    watched = watch.Watch('a', detector, parse_zone(()), Occupation(0, 0, 0),
+                          alarms.Alarms(tmp_path / 'log.jsonl', None, None, 1), tmp_path, 5, 10)
+    for i in range(6):
+        watched.occupation = Occupation(0, 0, 0)
+        watched.handle(camera.View(image.copy(), i, time.monotonic(), False, ring))
+    ring.is_closed = True
+    for i, function in enumerate(requests):
+        function(i)
+    go_on.set()
+    watched.close(is_interrupted=False)
+    assert written == [0, 1, 2, 3, 4, 5] and 'dropped' not in capsys.readouterr().err
+
+
 def test_camera_is_lost_and_back_and_sigterm_ends_the_watch(
         run_main, make_camera, jpeg_part, tmp_path):
     """The person stands there before the camera is lost and after: for a second occupation."""
@@ -250,7 +285,8 @@ def test_password_is_neither_printed_nor_written(run_main, tmp_path):
     ({'seconds': -1.}, 'seconds is -1'), ({'fps': 0.}, 'fps is 0'),
     ({'min_score': 40.}, 'min_score is 40'), ({'max_overlap': math.nan}, 'max_overlap is nan'),
     ({'classes': ('cat',)}, 'no class is named cat; the model has person, dog'),
-    ({'run': 'no-such-program'}, 'no such program'), ({'webhook': 'ftp://x'}, '--webhook ftp://x'),
+    ({'log': '.'}, ": '.'"), ({'run': 'no-such-program'}, 'no such program'),
+    ({'webhook': 'ftp://x'}, '--webhook ftp://x'),
 ])
 def test_invalid_parameters_are_user_errors(run_main, video, options, message, capsys):
     with pytest.raises(SystemExit):
