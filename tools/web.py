@@ -62,8 +62,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """Add the headers to every response."""
         self.send_header('Cross-Origin-Opener-Policy', 'same-origin')
         self.send_header('Cross-Origin-Embedder-Policy', 'require-corp')
-        self.send_header('Cache-Control', 'no-cache')   # another model is seen after a reload
+        # With `no-cache` the browser would keep its model where another --model is an older file.
+        self.send_header('Cache-Control', 'no-store')
         super().end_headers()
+
+    def handle(self):
+        """Answer a request, without a traceback where the page is left before the answer's end."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def log_message(self, *_):
         """Print nothing per request."""

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -450,6 +451,27 @@ def test_server_sends_headers_and_the_model(network, runtime):
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_other_model_is_seen_even_if_it_is_older(visit, runtime, tmp_path):
+    model = tmp_path / 'model.onnx'
+    with serving(web.make_server(web.WEB, str(model), port=0)) as url:
+        page = visit(url + 'style.css')
+        for content, age in (('one', 0), ('other', 3600)):
+            model.write_text(content)
+            changed = model.stat().st_mtime - age
+            os.utime(model, (changed, changed))
+            assert page.evaluate(
+                "fetch('/model.onnx').then((response) => response.text())") == content
+
+
+def test_page_that_is_left_early_prints_nothing(tmp_path, capsys):
+    (tmp_path / 'model.onnx').write_bytes(bytes(30_000_000))
+    with web.make_server(tmp_path, str(tmp_path / 'model.onnx'), 0) as server:
+        with socket.create_connection(server.server_address) as browser:
+            browser.sendall(b'GET /model.onnx HTTP/1.0\r\n\r\n')
+        server.process_request_thread(*server.get_request())
+    assert capsys.readouterr().err == ''
 
 
 def test_port_in_use_and_missing_model(tmp_path, capsys):
