@@ -487,10 +487,12 @@ def test_port_in_use_and_missing_model(tmp_path, capsys):
 
 def test_runtime_is_fetched_once_and_checked(tmp_path, monkeypatch):
     archive, folder = tmp_path / 'package.tgz', tmp_path / 'runtime'
+    header = f'/*!\n * ONNX Runtime Web v{web.PACKAGE.partition("@")[2]}\n'.encode()
     with tarfile.open(archive, 'w:gz') as tar:
         for name in (*web.RUNTIME_FILES, 'other.js'):
-            tar.addfile(info := tarfile.TarInfo(f'package/dist/{name}'), io.BytesIO(b''))
-            assert info.size == 0
+            info = tarfile.TarInfo(f'package/dist/{name}')
+            info.size = len(header)
+            tar.addfile(info, io.BytesIO(header))
     npm = tmp_path / 'bin' / 'npm'
     npm.parent.mkdir()
     npm.write_text(f'#!/bin/sh\ncp {archive} "$4"\n')
@@ -505,6 +507,9 @@ def test_runtime_is_fetched_once_and_checked(tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == set(web.RUNTIME_FILES)
     monkeypatch.setenv('PATH', '')
     web.fetch_runtime(folder)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='install Node.js'):
+        patch.setattr(web, 'PACKAGE', 'onnxruntime-web@0.1')
+        web.fetch_runtime(folder)
     (folder / web.RUNTIME_FILES[0]).unlink()
     with pytest.raises(UserError, match='install Node.js'):
         web.fetch_runtime(folder)
