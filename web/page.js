@@ -57,7 +57,8 @@ function showReady({device, names, minScore, maxOverlap}) {
   showThresholds();
   element('controls').disabled = false;
   element('status').textContent = `Ready. The network runs on ${device}.`;
-  element('classes').textContent = `Classes that it detects: ${names.slice(1).join(', ')}.`;
+  const classes = names.slice(1).filter((name) => !name.startsWith('N/A '));  // unused indices
+  element('classes').textContent = `Classes that it detects: ${classes.join(', ')}.`;
 }
 
 function showProblem(sentence) {

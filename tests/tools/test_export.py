@@ -231,6 +231,14 @@ def test_python_of_the_documentation_draws_the_detections(model, exported, tmp_p
     assert len(Image.open('annotated.png').getcolors(20_000)) > 1
 
 
+def test_unused_indices_are_not_counted_as_classes(run, model, tmp_path, monkeypatch, capsys):
+    published = copy.copy(model)
+    published.label_map = {**LABEL_MAP, 'N/A 4': 4}
+    monkeypatch.setattr(ThinSSD300, 'from_checkpoint', lambda _: published)
+    run(tmp_path / 'published.onnx', raw=True)
+    assert 'MB, 3 classes\n' in capsys.readouterr().out
+
+
 @torch.no_grad()
 def test_ssd512_is_exported_with_its_size(tmp_path):
     model = ThinSSD512(4).eval()
