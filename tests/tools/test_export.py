@@ -218,7 +218,10 @@ def test_convolutions_of_an_int8_file_are_quantized(model, run, lists, tmp_path)
 def test_python_of_the_documentation_draws_the_detections(model, exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'ssd300.onnx').symlink_to(exported)
-    Image.effect_noise((120, 90), 80).convert('RGB').save('photo.jpg', quality=95)
+    noise = Image.effect_noise((90, 120), 80).convert('RGB')
+    exif = noise.getexif()
+    exif[0x0112] = 6    # to be turned by 90 degrees
+    noise.save('photo.jpg', quality=95, exif=exif)
     text = (ROOT / 'docs' / 'export.md').read_text(encoding='utf-8')
     python, = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
     namespace = {}
