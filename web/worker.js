@@ -9,7 +9,7 @@ import {resize} from './resize.js';
 const LARGEST_PICTURE = 1600;   // longer side of the copy that the page shows, in pixels
 
 let ort, session, settings;
-let input, size;    // of the last image: resized for the network, and {width, height} in pixels
+let last;   // of the image that the page shows: {input: resized for the network, width, height}
 
 // A sentence for the page in place of an error.
 class Problem extends Error {}
@@ -98,16 +98,18 @@ async function run(image, minScore, maxOverlap) {
 
 async function detect({image, minScore, maxOverlap}) {
   const begin = performance.now();
-  let picture;
+  let current = last, picture;
   if (image) {
     const bitmap = await decode(image);
-    size = {width: bitmap.width, height: bitmap.height};
-    input = resize(bitmap, settings.inputSize, settings.antialias);
+    const {width, height} = bitmap;
+    current = {input: resize(bitmap, settings.inputSize, settings.antialias), width, height};
     picture = shrink(bitmap);
     bitmap.close();
   }
-  const objects = await run(input, minScore, maxOverlap);
-  return {objects, picture, ...size, milliseconds: performance.now() - begin};
+  const objects = await run(current.input, minScore, maxOverlap);
+  last = current;   // not before: after an error the page still shows the image before
+  const {width, height} = current;
+  return {objects, picture, width, height, milliseconds: performance.now() - begin};
 }
 
 // Decode a File, upright by its EXIF orientation and without conversion of colors, as in predict().

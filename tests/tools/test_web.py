@@ -288,6 +288,20 @@ def test_large_photo_on_a_dark_phone(visit, address, network, tmp_path):
     assert color == 'rgb(255, 255, 255)'
 
 
+def test_photo_remains_after_one_that_is_too_wide(visit, address, network, tmp_path):
+    photo = draw(480, 640)
+    photo.save(tmp_path / 'photo.png')
+    Image.new('RGB', (70_000, 2)).save(tmp_path / 'wide.png')
+    page = visit(address)
+    upload(page, tmp_path / 'photo.png')
+    page.set_input_files('#file', tmp_path / 'wide.png')
+    wait_for(page, '#problem', 'the image is too wide for this browser')
+    page.press('#min_score', 'ArrowRight')
+    wait_for(page, '#result', '480 × 640 pixels')
+    expected, = predict([photo], min_score=0.22, model=network[0])
+    assert_same(read_objects(page), expected)
+
+
 def test_no_box_crosses_a_label(visit, address):
     page = visit(address + 'style.css')
     # An edge of the second box, at x = 120, crosses the label of the first, 134 < y < 150.
