@@ -130,6 +130,8 @@ function shrink(bitmap) {
   const side = (pixels) => Math.max(1, Math.round(scale * pixels));
   const canvas = new OffscreenCanvas(side(bitmap.width), side(bitmap.height));
   const context = canvas.getContext('2d');
+  context.fillStyle = 'white';  // seen through transparent pixels, as by the network
+  context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingQuality = 'high';
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return canvas.transferToImageBitmap();

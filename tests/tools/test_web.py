@@ -414,6 +414,10 @@ def test_any_server_and_folder_will_do(visit, plain_server, network, tmp_path):
     wait_for(page, '#status', r'CPU \(WebAssembly, 1 thread\): no WebGPU')
     expected, = predict([photo], model=network[0])
     assert_same(upload(page, tmp_path / 'photo.png'), expected)
+    assert page.locator('#picture').evaluate("""(canvas) => {
+      const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+      return data.every((level, i) => i % 4 < 3 || level === 255);
+    }""")      # white behind transparent pixels
 
 
 def test_cpu_is_used_where_webgpu_fails(visit, plain_server, network, tmp_path):
