@@ -34,7 +34,8 @@ async function load(url) {
   ort.env.wasm.numThreads = nThreads;
   ort.env.logLevel = 'error';
   const cpu = `the CPU (WebAssembly, ${nThreads} ${nThreads === 1 ? 'thread' : 'threads'})`;
-  let device = `${cpu}: no WebGPU in this browser`;
+  const reason = self.isSecureContext ? 'no WebGPU in this browser' : 'WebGPU needs https';
+  let device = `${cpu}: ${reason}`;
   if (adapter) {
     device = 'the GPU (WebGPU)';
     await start(model, 'webgpu').catch((error) => {
