@@ -10,6 +10,7 @@ Object.assign(video, {muted: true, playsInline: true});
 let picture, objects = [];  // what is shown
 let busy = true;            // the worker has a request that it has not answered; first the network
 let next = null;            // what to request then; there is never more than one
+let sent = [];              // the sliders' values in the last request
 let stream = null;          // of the camera, while it runs
 
 // -------------------------------------------------------------------------------------------------
@@ -32,6 +33,7 @@ worker.onmessage = ({data}) => {
   else showObjects(data);
   if (next) request({});
   else if (stream && !data.problem) requestFrame();
+  else requestChange();
 };
 worker.postMessage({load: new URL('model.onnx', import.meta.url).href});
 
@@ -40,11 +42,19 @@ worker.postMessage({load: new URL('model.onnx', import.meta.url).href});
 function request(change) {
   next = {...next, ...change};
   if (busy) return;
-  const [minScore, maxOverlap] = sliders.map((slider) => Number(slider.value));
+  sent = sliders.map((slider) => Number(slider.value));
+  const [minScore, maxOverlap] = sent;
   const isFrame = next.image instanceof ImageBitmap;
   worker.postMessage({...next, minScore, maxOverlap}, isFrame ? [next.image] : []);
   busy = true;
   next = null;
+}
+
+// Request the last image again if the sliders were moved since. The camera's next frame has their
+// values anyway.
+function requestChange() {
+  const isMoved = sliders.some((slider, i) => Number(slider.value) !== sent[i]);
+  if (isMoved && picture && !stream) request({});
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -127,7 +137,7 @@ for (const kind of ['dragover', 'dragleave', 'drop']) {
 for (const slider of sliders) {
   slider.oninput = () => {
     showThresholds();
-    if (picture && !stream) request({});    // the next frame of the camera has them anyway
+    requestChange();
   };
 }
 window.onresize = redraw;
@@ -171,6 +181,7 @@ function stopCamera() {
   element('camera').textContent = 'Start camera';
   element('take').disabled = true;
   element('result').ariaLive = 'polite';
+  requestChange();
 }
 
 // Request the camera's next frame. It is called when the frame before was answered: frames that

@@ -43,9 +43,9 @@ CAMERA, PERMISSION = '--use-fake-device-for-media-stream', '--use-fake-ui-for-me
 # A GPU in software, which takes half a minute per image.
 WEBGPU = ['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--enable-features=Vulkan']
 
-# Count in the page the requests to its worker that are not answered yet.
+# Count in the page the requests to its worker, and keep the threshold of the last one.
 COUNT_REQUESTS = """
-window.counts = {unanswered: 0, most: 0, all: 0};
+window.counts = {unanswered: 0, most: 0, all: 0, minScore: 0};
 window.Worker = class extends Worker {
   constructor(...args) {
     super(...args);
@@ -53,10 +53,18 @@ window.Worker = class extends Worker {
   }
   postMessage(...args) {
     counts.all++;
+    counts.minScore = args[0].minScore;
     counts.most = Math.max(counts.most, ++counts.unanswered);
     super.postMessage(...args);
   }
 };
+"""
+
+# In a script: move the slider of the lowest score.
+MOVE_SLIDER = """
+const slider = document.getElementById('min_score');
+slider.value = 0.58;
+slider.dispatchEvent(new Event('input'));
 """
 
 
@@ -181,6 +189,18 @@ def visit(browsers):
                for url in requests), requests
 
 
+def drop(page, *files, script=''):
+    """Drop files, each a name and bytes, one after the other on the page; then run a script."""
+    page.evaluate("""(files) => {
+      for (const [name, content] of files) {
+        const dataTransfer = new DataTransfer();
+        const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+        dataTransfer.items.add(new File([bytes], name));
+        document.body.dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true}));
+      }
+    """ + script + '}', [[name, base64.b64encode(content).decode()] for name, content in files])
+
+
 def wait_for(page, selector, pattern):
     """Wait until the text of an element matches a pattern."""
     expect(page.locator(selector)).to_have_text(re.compile(pattern), timeout=60_000)
@@ -273,6 +293,17 @@ def test_photo_is_detected_as_by_predict(visit, address, network, tmp_path):
     assert_same(read_objects(page), expected)
 
 
+def test_slider_is_moved_while_the_first_photo_is_computed(visit, address, network, tmp_path):
+    photo = draw(480, 640)
+    photo.save(tmp_path / 'photo.png')
+    page = visit(address)
+    wait_for(page, '#status', 'Ready')
+    drop(page, ('photo.png', (tmp_path / 'photo.png').read_bytes()), script=MOVE_SLIDER)
+    expected, = predict([photo], min_score=0.58, model=network[0])
+    expect(page.locator('#objects tr')).to_have_count(len(expected['labels']), timeout=60_000)
+    assert_same(read_objects(page), expected)
+
+
 def test_large_photo_on_a_dark_phone(visit, address, network, tmp_path):
     path = tmp_path / 'photo.jpg'
     draw(8660, 5774).save(path)     # 50 megapixels
@@ -335,6 +366,15 @@ def test_camera_runs_and_takes_a_photo(visit, address):
         if counts['all'] > 5:
             break
     assert counts['all'] > 5 and counts['most'] == 1    # frames are skipped, not queued
+    # The last frame has the thresholds that were set before the camera is stopped.
+    page.evaluate(f"{MOVE_SLIDER} document.getElementById('camera').click();")
+    expect(page.locator('#camera')).to_have_text('Start camera')
+    for _ in range(300):
+        page.wait_for_timeout(100)
+        if page.evaluate('counts.unanswered') == 0:
+            break
+    assert page.evaluate('counts.minScore') == 0.58
+    page.click('#camera')
     page.click('#take')
     expect(page.locator('#camera')).to_have_text('Start camera')
     page.wait_for_timeout(500)
@@ -363,18 +403,12 @@ def test_camera_that_cannot_be_used(visit, address, tmp_path, flag, sentence):
 # --------------------------------------------------------------------------------------------------
 
 
-def drop_notes(page):
-    """Drop a file on the page that is no image."""
-    page.evaluate("""() => {
-      const dataTransfer = new DataTransfer();
-      dataTransfer.items.add(new File(['no image'], 'notes.txt'));
-      document.body.dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true}));
-    }""")
+NOTES = 'notes.txt', b'no image'
 
 
 def test_dropped_file_that_is_no_image(visit, address, tmp_path):
     page = visit(address)
-    drop_notes(page)
+    drop(page, NOTES)
     wait_for(page, '#problem', 'notes.txt is not an image that this browser can read')
     expect(page.locator('#result')).to_be_empty()
     draw(300, 300).save(tmp_path / 'photo.png')
@@ -400,7 +434,7 @@ def test_missing_or_broken_files(visit, plain_server, network, model, sentence):
     wait_for(page, '#problem', sentence)
     expect(page.locator('#camera')).to_be_disabled()
     expect(page.locator('#status')).to_be_empty()
-    drop_notes(page)    # nothing reads it, so the sentence stays
+    drop(page, NOTES)   # nothing reads it, so the sentence stays
     wait_for(page, '#problem', sentence)
     expect(page.locator('#result')).to_be_empty()
 
