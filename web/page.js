@@ -7,7 +7,7 @@ const sliders = [element('min_score'), element('max_overlap')];
 const video = document.createElement('video');      // the camera's; the page shows its frames
 Object.assign(video, {muted: true, playsInline: true});
 
-let picture, objects = [];  // what is shown
+let picture, objects = [], result = '';     // what is shown
 let busy = true;            // the worker has a request that it has not answered; first the network
 let next = null;            // what to request then; there is never more than one
 let sent = [];              // the sliders' values in the last request
@@ -29,8 +29,8 @@ worker.onmessage = ({data}) => {
   if (data.problem && element('controls').disabled) return showProblem(data.problem);
   busy = false;
   if (data.ready) showReady(data);
-  else if (data.problem) showProblem(data.problem);
-  else showObjects(data);
+  else if (!data.problem) showObjects(data);
+  else if (!next?.image) showProblem(data.problem);     // else another image was chosen since
   if (next) request({});
   else if (stream && !data.problem) requestFrame();
   else requestChange();
@@ -73,7 +73,7 @@ function showReady({device, names, minScore, maxOverlap}) {
 
 function showProblem(sentence) {
   element('problem').textContent = sentence;
-  element('result').textContent = '';
+  element('result').textContent = result;   // the image before is still shown
   if (element('controls').disabled) element('status').textContent = '';   // no longer loading
   stopCamera();
 }
@@ -94,8 +94,9 @@ function showObjects(answer) {
   for (const {name} of objects) counts[name] = (counts[name] ?? 0) + 1;
   const found = Object.entries(counts).map(([name, n]) => `${n} × ${name}`).join(', ');
   element('picture').ariaLabel = found || 'No objects';
-  element('result').textContent = `${found || 'No objects'} in ${width} × ${height} pixels, ` +
-                                  `${Math.round(milliseconds)} ms.`;
+  result = `${found || 'No objects'} in ${width} × ${height} pixels, ` +
+           `${Math.round(milliseconds)} ms.`;
+  element('result').textContent = result;
   element('objects').replaceChildren(...objects.map(({name, score, box}) => {
     const row = document.createElement('tr');
     const corners = box.map((side, i) => (side * (i % 2 ? height : width)).toFixed(1));
@@ -161,7 +162,9 @@ async function startCamera() {
   try {
     stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
     video.srcObject = stream;
-    await video.play();
+    await video.play().catch((error) => {
+      if (stream) throw error;  // else a photo was chosen meanwhile, which stops the camera
+    });
   } catch (error) {
     showProblem(CAMERA_PROBLEMS[error.name] ??
                 `The camera cannot be used: ${error.message}. Does another program use it?`);

@@ -396,6 +396,28 @@ def test_camera_that_cannot_be_used(visit, address, tmp_path, flag, sentence):
     draw(300, 300).save(tmp_path / 'photo.png')
     upload(page, tmp_path / 'photo.png')    # works nevertheless
     expect(page.locator('#problem')).to_be_empty()
+    page.click('#camera')
+    wait_for(page, '#problem', sentence)
+    expect(page.locator('#result')).to_contain_text('300 × 300 pixels')     # still shown
+
+
+def test_photo_is_chosen_while_the_camera_starts(visit, address, tmp_path):
+    draw(300, 300).save(tmp_path / 'photo.png')
+    page = visit(address, CAMERA, PERMISSION)
+    upload(page, tmp_path / 'photo.png')
+    page.evaluate("""() => {
+      const {play} = HTMLMediaElement.prototype;
+      HTMLMediaElement.prototype.play = function () {
+        const started = play.call(this);
+        document.getElementById('file').dispatchEvent(new Event('change'));
+        return started;
+      };
+    }""")
+    page.click('#camera')
+    expect(page.locator('#camera')).to_be_enabled()
+    wait_for(page, '#result', '300 × 300 pixels')
+    expect(page.locator('#problem')).to_be_empty()
+    expect(page.locator('#take')).to_be_disabled()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,6 +435,15 @@ def test_dropped_file_that_is_no_image(visit, address, tmp_path):
     expect(page.locator('#result')).to_be_empty()
     draw(300, 300).save(tmp_path / 'photo.png')
     upload(page, tmp_path / 'photo.png')
+    expect(page.locator('#problem')).to_be_empty()
+
+
+def test_photo_that_is_dropped_before_the_answer(visit, address, tmp_path):
+    draw(300, 300).save(tmp_path / 'photo.png')
+    page = visit(address)
+    wait_for(page, '#status', 'Ready')
+    drop(page, NOTES, ('photo.png', (tmp_path / 'photo.png').read_bytes()))
+    wait_for(page, '#result', '300 × 300 pixels')
     expect(page.locator('#problem')).to_be_empty()
 
 
