@@ -158,7 +158,8 @@ async function startCamera() {
   if (!navigator.mediaDevices) {
     return showProblem('Browsers give the camera only to pages from https:// or 127.0.0.1.');
   }
-  element('camera').disabled = true;    // while the browser waits for permission
+  // While the browser waits for permission. A button that is disabled loses the keyboard's focus.
+  element('camera').ariaDisabled = 'true';
   try {
     stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
     video.srcObject = stream;
@@ -169,7 +170,7 @@ async function startCamera() {
     showProblem(CAMERA_PROBLEMS[error.name] ??
                 `The camera cannot be used: ${error.message}. Does another program use it?`);
   }
-  element('camera').disabled = false;
+  element('camera').ariaDisabled = 'false';
   if (!stream) return;
   stream.getTracks()[0].onended = () => showProblem('The camera was disconnected.');
   element('camera').textContent = 'Stop camera';
@@ -197,9 +198,14 @@ function requestFrame() {
   });
 }
 
-element('camera').onclick = () => (stream ? stopCamera() : startCamera());
+element('camera').onclick = ({target}) => {
+  if (target.ariaDisabled === 'true') return;
+  if (stream) stopCamera();
+  else startCamera();
+};
 element('take').onclick = async () => {
   const image = await createImageBitmap(video);
+  element('camera').focus();    // this button is disabled next
   stopCamera();
   request({image});
 };

@@ -374,9 +374,13 @@ def test_camera_runs_and_takes_a_photo(visit, address):
         if page.evaluate('counts.unanswered') == 0:
             break
     assert page.evaluate('counts.minScore') == 0.58
-    page.click('#camera')
-    page.click('#take')
+    # By the keyboard: the camera's button keeps the focus, and takes that of the other one.
+    page.press('#camera', 'Enter')
+    expect(page.locator('#take')).to_be_enabled()
+    assert page.evaluate('document.activeElement.id') == 'camera'
+    page.press('#take', 'Enter')
     expect(page.locator('#camera')).to_have_text('Start camera')
+    assert page.evaluate('document.activeElement.id') == 'camera'
     page.wait_for_timeout(500)
     n_requests = page.evaluate('counts.all')
     page.wait_for_timeout(500)
