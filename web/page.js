@@ -131,7 +131,10 @@ for (const kind of ['dragover', 'dragleave', 'drop']) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();     // the browser would leave the page and show the file
     document.querySelector('main').classList.toggle('dropping', kind === 'dragover');
-    if (kind === 'drop') openFile(event.dataTransfer.files[0]);
+    if (kind !== 'drop') return;
+    const [file] = event.dataTransfer.files;
+    if (file) openFile(file);
+    else if (!element('controls').disabled) showProblem('Drop a file: this was a link or text.');
   });
 }
 

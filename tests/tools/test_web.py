@@ -432,11 +432,16 @@ def test_photo_is_chosen_while_the_camera_starts(visit, address, tmp_path):
 NOTES = 'notes.txt', b'no image'
 
 
-def test_dropped_file_that_is_no_image(visit, address, tmp_path):
+def test_dropped_file_that_is_no_image_and_link(visit, address, tmp_path):
     page = visit(address)
     drop(page, NOTES)
     wait_for(page, '#problem', 'notes.txt is not an image that this browser can read')
     expect(page.locator('#result')).to_be_empty()
+    page.evaluate("""() => {
+      const dataTransfer = new DataTransfer();
+      document.dispatchEvent(new DragEvent('drop', {dataTransfer}));
+    }""")
+    wait_for(page, '#problem', 'Drop a file')
     draw(300, 300).save(tmp_path / 'photo.png')
     upload(page, tmp_path / 'photo.png')
     expect(page.locator('#problem')).to_be_empty()
