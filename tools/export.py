@@ -251,7 +251,9 @@ def main(parameters):
     with atomic_write(p.output) as temporary:   # fails now if the folder cannot be written
         write_onnx(temporary, convert_to_float16(model) if p.fp16 else model, images, p.raw)
     size = pathlib.Path(p.output).stat().st_size
-    print(f'{p.output}: {size / 1e6:.1f} MB, {len(model.label_map) - 1} classes')
+    # Published weights name the indices that no class has `N/A` and the index.
+    n_classes = sum(name[:4] != 'N/A ' for name in model.label_map) - 1
+    print(f'{p.output}: {size / 1e6:.1f} MB, {n_classes} classes')
     if not p.raw:
         compare(model, p.output)
 

@@ -27,9 +27,10 @@ WEB = pathlib.Path(__file__).resolve().parent.parent / 'web'
 PACKAGE = 'onnxruntime-web@1.30.0'
 SHA512 = 'q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=='
 # What worker.js imports, and what that imports: a build for the CPU, and one for WebGPU as well.
-RUNTIME_FILES = ('ort.wasm.min.mjs', 'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm',
-                 'ort.webgpu.min.mjs', 'ort-wasm-simd-threaded.asyncify.mjs',
-                 'ort-wasm-simd-threaded.asyncify.wasm')
+# The last one is written last, and begins with its version.
+RUNTIME_FILES = ('ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm',
+                 'ort-wasm-simd-threaded.asyncify.mjs', 'ort-wasm-simd-threaded.asyncify.wasm',
+                 'ort.webgpu.min.mjs', 'ort.wasm.min.mjs')
 
 
 @dataclasses.dataclass
@@ -62,8 +63,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """Add the headers to every response."""
         self.send_header('Cross-Origin-Opener-Policy', 'same-origin')
         self.send_header('Cross-Origin-Embedder-Policy', 'require-corp')
-        self.send_header('Cache-Control', 'no-cache')   # another model is seen after a reload
+        # With `no-cache` the browser would keep its model where another --model is an older file.
+        self.send_header('Cache-Control', 'no-store')
         super().end_headers()
+
+    def handle(self):
+        """Answer a request, without a traceback where the page is left before the answer's end."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def log_message(self, *_):
         """Print nothing per request."""
@@ -84,12 +91,14 @@ def main(parameters):
 
 
 def fetch_runtime(folder):
-    """Fetch the runtime's files into a folder, unless they are there.
+    """Fetch the runtime's files into a folder, unless they are there in the version of `PACKAGE`.
 
     Raises:
         UserError: npm is missing, has no network, or sends something else.
     """
-    if all((folder / name).exists() for name in RUNTIME_FILES):
+    version = f'v{PACKAGE.partition("@")[2]}\n'.encode()
+    if (all((folder / name).exists() for name in RUNTIME_FILES)
+            and version in (folder / RUNTIME_FILES[-1]).read_bytes()):
         return
     make_folder(folder)
     print(f'fetching {PACKAGE} (33 MB) into {folder}', flush=True)

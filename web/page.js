@@ -7,9 +7,10 @@ const sliders = [element('min_score'), element('max_overlap')];
 const video = document.createElement('video');      // the camera's; the page shows its frames
 Object.assign(video, {muted: true, playsInline: true});
 
-let picture, objects = [];  // what is shown
+let picture, objects = [], result = '';     // what is shown
 let busy = true;            // the worker has a request that it has not answered; first the network
 let next = null;            // what to request then; there is never more than one
+let sent = [];              // the sliders' values in the last request
 let stream = null;          // of the camera, while it runs
 
 // -------------------------------------------------------------------------------------------------
@@ -28,10 +29,11 @@ worker.onmessage = ({data}) => {
   if (data.problem && element('controls').disabled) return showProblem(data.problem);
   busy = false;
   if (data.ready) showReady(data);
-  else if (data.problem) showProblem(data.problem);
-  else showObjects(data);
+  else if (!data.problem) showObjects(data);
+  else if (!next?.image) showProblem(data.problem);     // else another image was chosen since
   if (next) request({});
   else if (stream && !data.problem) requestFrame();
+  else requestChange();
 };
 worker.postMessage({load: new URL('model.onnx', import.meta.url).href});
 
@@ -40,11 +42,19 @@ worker.postMessage({load: new URL('model.onnx', import.meta.url).href});
 function request(change) {
   next = {...next, ...change};
   if (busy) return;
-  const [minScore, maxOverlap] = sliders.map((slider) => Number(slider.value));
+  sent = sliders.map((slider) => Number(slider.value));
+  const [minScore, maxOverlap] = sent;
   const isFrame = next.image instanceof ImageBitmap;
   worker.postMessage({...next, minScore, maxOverlap}, isFrame ? [next.image] : []);
   busy = true;
   next = null;
+}
+
+// Request the last image again if the sliders were moved since. The camera's next frame has their
+// values anyway.
+function requestChange() {
+  const isMoved = sliders.some((slider, i) => Number(slider.value) !== sent[i]);
+  if (isMoved && picture && !stream) request({});
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -57,12 +67,13 @@ function showReady({device, names, minScore, maxOverlap}) {
   showThresholds();
   element('controls').disabled = false;
   element('status').textContent = `Ready. The network runs on ${device}.`;
-  element('classes').textContent = `Classes that it detects: ${names.slice(1).join(', ')}.`;
+  const classes = names.slice(1).filter((name) => !name.startsWith('N/A '));  // unused indices
+  element('classes').textContent = `Classes that it detects: ${classes.join(', ')}.`;
 }
 
 function showProblem(sentence) {
   element('problem').textContent = sentence;
-  element('result').textContent = '';
+  element('result').textContent = result;   // the image before is still shown
   if (element('controls').disabled) element('status').textContent = '';   // no longer loading
   stopCamera();
 }
@@ -83,8 +94,9 @@ function showObjects(answer) {
   for (const {name} of objects) counts[name] = (counts[name] ?? 0) + 1;
   const found = Object.entries(counts).map(([name, n]) => `${n} × ${name}`).join(', ');
   element('picture').ariaLabel = found || 'No objects';
-  element('result').textContent = `${found || 'No objects'} in ${width} × ${height} pixels, ` +
-                                  `${Math.round(milliseconds)} ms.`;
+  result = `${found || 'No objects'} in ${width} × ${height} pixels, ` +
+           `${Math.round(milliseconds)} ms.`;
+  element('result').textContent = result;
   element('objects').replaceChildren(...objects.map(({name, score, box}) => {
     const row = document.createElement('tr');
     const corners = box.map((side, i) => (side * (i % 2 ? height : width)).toFixed(1));
@@ -119,14 +131,17 @@ for (const kind of ['dragover', 'dragleave', 'drop']) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();     // the browser would leave the page and show the file
     document.querySelector('main').classList.toggle('dropping', kind === 'dragover');
-    if (kind === 'drop') openFile(event.dataTransfer.files[0]);
+    if (kind !== 'drop') return;
+    const [file] = event.dataTransfer.files;
+    if (file) openFile(file);
+    else if (!element('controls').disabled) showProblem('Drop a file: this was a link or text.');
   });
 }
 
 for (const slider of sliders) {
   slider.oninput = () => {
     showThresholds();
-    if (picture && !stream) request({});    // the next frame of the camera has them anyway
+    requestChange();
   };
 }
 window.onresize = redraw;
@@ -146,16 +161,19 @@ async function startCamera() {
   if (!navigator.mediaDevices) {
     return showProblem('Browsers give the camera only to pages from https:// or 127.0.0.1.');
   }
-  element('camera').disabled = true;    // while the browser waits for permission
+  // While the browser waits for permission. A button that is disabled loses the keyboard's focus.
+  element('camera').ariaDisabled = 'true';
   try {
     stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
     video.srcObject = stream;
-    await video.play();
+    await video.play().catch((error) => {
+      if (stream) throw error;  // else a photo was chosen meanwhile, which stops the camera
+    });
   } catch (error) {
     showProblem(CAMERA_PROBLEMS[error.name] ??
                 `The camera cannot be used: ${error.message}. Does another program use it?`);
   }
-  element('camera').disabled = false;
+  element('camera').ariaDisabled = 'false';
   if (!stream) return;
   stream.getTracks()[0].onended = () => showProblem('The camera was disconnected.');
   element('camera').textContent = 'Stop camera';
@@ -170,6 +188,7 @@ function stopCamera() {
   element('camera').textContent = 'Start camera';
   element('take').disabled = true;
   element('result').ariaLive = 'polite';
+  requestChange();
 }
 
 // Request the camera's next frame. It is called when the frame before was answered: frames that
@@ -182,9 +201,14 @@ function requestFrame() {
   });
 }
 
-element('camera').onclick = () => (stream ? stopCamera() : startCamera());
+element('camera').onclick = ({target}) => {
+  if (target.ariaDisabled === 'true') return;
+  if (stream) stopCamera();
+  else startCamera();
+};
 element('take').onclick = async () => {
   const image = await createImageBitmap(video);
+  element('camera').focus();    // this button is disabled next
   stopCamera();
   request({image});
 };

@@ -36,6 +36,8 @@ export function resize(bitmap, size, antialias) {
     context.drawImage(bitmap, 0, -top);
     const n = Math.min(ROWS, height - top);
     const {data} = context.getImageData(0, 0, width, n);    // red, green, blue, alpha, red, ...
+    // Nothing can be drawn on a canvas that is larger than the browser's limit.
+    if (data[3] !== 255) throw new Error('the image is too wide for this browser');
     for (let y = 0; y < n; y++) {
       for (let x = 0; x < size; x++) {
         const {first, weights} = columns[x];

@@ -9,7 +9,7 @@ import {resize} from './resize.js';
 const LARGEST_PICTURE = 1600;   // longer side of the copy that the page shows, in pixels
 
 let ort, session, settings;
-let input, size;    // of the last image: resized for the network, and {width, height} in pixels
+let last;   // of the image that the page shows: {input: resized for the network, width, height}
 
 // A sentence for the page in place of an error.
 class Problem extends Error {}
@@ -34,7 +34,8 @@ async function load(url) {
   ort.env.wasm.numThreads = nThreads;
   ort.env.logLevel = 'error';
   const cpu = `the CPU (WebAssembly, ${nThreads} ${nThreads === 1 ? 'thread' : 'threads'})`;
-  let device = `${cpu}: no WebGPU in this browser`;
+  const reason = self.isSecureContext ? 'no WebGPU in this browser' : 'WebGPU needs https';
+  let device = `${cpu}: ${reason}`;
   if (adapter) {
     device = 'the GPU (WebGPU)';
     await start(model, 'webgpu').catch((error) => {
@@ -98,16 +99,18 @@ async function run(image, minScore, maxOverlap) {
 
 async function detect({image, minScore, maxOverlap}) {
   const begin = performance.now();
-  let picture;
+  let current = last, picture;
   if (image) {
     const bitmap = await decode(image);
-    size = {width: bitmap.width, height: bitmap.height};
-    input = resize(bitmap, settings.inputSize, settings.antialias);
+    const {width, height} = bitmap;
+    current = {input: resize(bitmap, settings.inputSize, settings.antialias), width, height};
     picture = shrink(bitmap);
     bitmap.close();
   }
-  const objects = await run(input, minScore, maxOverlap);
-  return {objects, picture, ...size, milliseconds: performance.now() - begin};
+  const objects = await run(current.input, minScore, maxOverlap);
+  last = current;   // not before: after an error the page still shows the image before
+  const {width, height} = current;
+  return {objects, picture, width, height, milliseconds: performance.now() - begin};
 }
 
 // Decode a File, upright by its EXIF orientation and without conversion of colors, as in predict().
@@ -128,6 +131,8 @@ function shrink(bitmap) {
   const side = (pixels) => Math.max(1, Math.round(scale * pixels));
   const canvas = new OffscreenCanvas(side(bitmap.width), side(bitmap.height));
   const context = canvas.getContext('2d');
+  context.fillStyle = 'white';  // seen through transparent pixels, as by the network
+  context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingQuality = 'high';
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return canvas.transferToImageBitmap();

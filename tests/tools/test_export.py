@@ -218,7 +218,10 @@ def test_convolutions_of_an_int8_file_are_quantized(model, run, lists, tmp_path)
 def test_python_of_the_documentation_draws_the_detections(model, exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'ssd300.onnx').symlink_to(exported)
-    Image.effect_noise((120, 90), 80).convert('RGB').save('photo.jpg', quality=95)
+    noise = Image.effect_noise((90, 120), 80).convert('RGB')
+    exif = noise.getexif()
+    exif[0x0112] = 6    # to be turned by 90 degrees
+    noise.save('photo.jpg', quality=95, exif=exif)
     text = (ROOT / 'docs' / 'export.md').read_text(encoding='utf-8')
     python, = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
     namespace = {}
@@ -229,6 +232,14 @@ def test_python_of_the_documentation_draws_the_detections(model, exported, tmp_p
     boxes = torch.from_numpy(namespace['boxes']) * torch.tensor([120, 90, 120, 90])
     assert torch.allclose(boxes, expected['boxes'], atol=0.02)
     assert len(Image.open('annotated.png').getcolors(20_000)) > 1
+
+
+def test_unused_indices_are_not_counted_as_classes(run, model, tmp_path, monkeypatch, capsys):
+    published = copy.copy(model)
+    published.label_map = {**LABEL_MAP, 'N/A 4': 4}
+    monkeypatch.setattr(ThinSSD300, 'from_checkpoint', lambda _: published)
+    run(tmp_path / 'published.onnx', raw=True)
+    assert 'MB, 3 classes\n' in capsys.readouterr().out
 
 
 @torch.no_grad()
