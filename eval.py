@@ -44,6 +44,7 @@ from support.processes import (
     get_rank,
     process_group,
 )
+from support.published import used_names
 from utils import Detections, GroundTruth, calculate_mAP, match_classes
 
 
@@ -278,8 +279,8 @@ def check_dataset(p, model, dataset):
         raise UserError(f'{p.data_folder} has no images in its TEST list; make the lists with '
                         f'a split to test on')
     # Of the 91 indices of COCO's published weights 10 are of no class.
-    if model and dataset.label_map != model.label_map and dataset.label_map.keys() != {
-            name for name in model.label_map if name[:4] != 'N/A '}:
+    if (model and dataset.label_map != model.label_map
+            and dataset.label_map.keys() != set(used_names(model.label_map))):
         raise UserError(f'{p.checkpoint} knows the classes {list(model.label_map)[1:]}, '
                         f'{p.data_folder} has {list(dataset.label_map)[1:]}; give the '
                         f'checkpoint that was trained on this data set')

@@ -198,7 +198,7 @@ def from_caffe_like(state, layers, loc_convs, class_convs, rescale_factors):
     converted = rename_layers(state, numbered_convs(state, *layers), loc_names,
                               numbered_convs(state, class_convs))
     n_classes = count_classes(converted)
-    coco_names = [name for name in coco_label_map() if not name.startswith('N/A')]
+    coco_names = used_names(coco_label_map())
     is_coco = n_classes == len(coco_names)
     size = INPUT_SIZES[len(loc_names)]
     scales = (COCO_SCALES if is_coco else CAFFE_SCALES)[size]
@@ -310,6 +310,11 @@ def coco_label_map():
     names = SSD300_VGG16_Weights.COCO_V1.meta['categories']
     named = {f'{name} {i}' if name == 'N/A' else name: i for i, name in enumerate(names[1:], 1)}
     return {'background': 0, **named}
+
+
+def used_names(label_map):
+    """Return the names of a label map without those of `coco_label_map()`'s unused indices."""
+    return [name for name in label_map if not name.startswith('N/A ')]
 
 
 # --------------------------------------------------------------------------------------------------

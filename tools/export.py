@@ -29,6 +29,7 @@ from datasets import PascalVOCDataset
 from model import MAX_CANDIDATES, MAX_SIZE_OFFSET, SSD300, VISUALIZATION
 from support.errors import UserError, atomic_write, check_at_least, exit_on_user_error
 from support.onnx_network import OnnxNetwork, is_onnx
+from support.published import used_names
 from utils import cxcy_to_xy, gcxgcy_to_cxcy
 
 
@@ -251,8 +252,7 @@ def main(parameters):
     with atomic_write(p.output) as temporary:   # fails now if the folder cannot be written
         write_onnx(temporary, convert_to_float16(model) if p.fp16 else model, images, p.raw)
     size = pathlib.Path(p.output).stat().st_size
-    # Published weights name the indices that no class has `N/A` and the index.
-    n_classes = sum(name[:4] != 'N/A ' for name in model.label_map) - 1
+    n_classes = len(used_names(model.label_map)) - 1
     print(f'{p.output}: {size / 1e6:.1f} MB, {n_classes} classes')
     if not p.raw:
         compare(model, p.output)

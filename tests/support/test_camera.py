@@ -201,16 +201,21 @@ def test_new_size_of_a_camera_is_a_new_connection(make_camera, jpeg_part):
     assert (stream.width, stream.height) == items[-1].image.size == (96, 72)
 
 
+def write_video(path, codec, n_frames, size=(64, 48)):
+    """Write a video of 25 frames per second."""
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = size
+        for _ in range(n_frames):
+            container.mux(stream.encode(av.VideoFrame(*size)))
+        container.mux(stream.encode())
+
+
 def test_new_size_in_a_file_begins_a_new_ring(tmp_path):
     path = tmp_path / 'a.ts'
     for size in ((64, 48), (96, 72)):
         content = path.read_bytes() if path.exists() else b''
-        with av.open(str(path), 'w') as container:
-            stream = container.add_stream('mpeg2video', rate=25)
-            stream.width, stream.height = size
-            for _ in range(20):
-                container.mux(stream.encode(av.VideoFrame(*size)))
-            container.mux(stream.encode())
+        write_video(path, 'mpeg2video', 20, size)
         path.write_bytes(content + path.read_bytes())
     with Camera(str(path), 5., fps=None, seconds=100) as source:
         views = list(source.read(threading.Event()))
@@ -222,12 +227,7 @@ def test_new_size_in_a_file_begins_a_new_ring(tmp_path):
 def video(tmp_path):
     """Return the path of a video of 50 frames in 2 seconds."""
     path = tmp_path / 'a.mkv'
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream('mpeg4', rate=25)
-        stream.width, stream.height = 64, 48
-        for _ in range(50):
-            container.mux(stream.encode(av.VideoFrame(64, 48)))
-        container.mux(stream.encode())
+    write_video(path, 'mpeg4', 50)
     return path
 
 
@@ -240,12 +240,7 @@ def test_every_frame_of_a_file_is_yielded_once(video):
 def test_joined_file_is_watched_to_its_end(tmp_path):
     """The times of its second half begin again."""
     path = tmp_path / 'a.ts'
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream('mpeg2video', rate=25)
-        stream.width, stream.height = 64, 48
-        for _ in range(50):
-            container.mux(stream.encode(av.VideoFrame(64, 48)))
-        container.mux(stream.encode())
+    write_video(path, 'mpeg2video', 50)
     path.write_bytes(2 * path.read_bytes())
     with Camera(str(path), 5., fps=None, seconds=100) as source:
         *_, (time, ring) = [(view.time, view.ring) for view in source.read(threading.Event())]

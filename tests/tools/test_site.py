@@ -173,7 +173,8 @@ def test_first_page_on_a_dark_phone(visit, address):
     assert not [formula for formula in formulas if '\\' in formula]     # an unknown command
     page.click('#navtoggle')
     page.click('text=model.py >> visible=true')
-    page.wait_for_url('**/code/model.html')     # until it is loaded, styles included
+    page.wait_for_load_state()
+    assert page.url.endswith('code/model.html')
     assert page.evaluate('document.documentElement.scrollWidth') == 375
 
 
