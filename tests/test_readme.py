@@ -314,7 +314,7 @@ def test_numbers_in_sentences():
         with torch.device('meta'), FlopCounterMode(display=False) as counter:
             network(21)(torch.zeros(1, 3, network.input_size, network.input_size))
         flop.append(counter.get_total_flops() / 1e9)
-    assert f'{flop[0]:.0f} GFLOP in place of {flop[1]:.1f}' in text
+    assert f'{flop[0]:.0f} GFLOP instead of {flop[1]:.1f}' in text
 
 
 def test_receptive_fields_are_those_of_the_layers(model):

@@ -409,8 +409,9 @@ def draw_matching(colors):
         draw_box(axes, priors[prior], SKY if name == 'conv7' else ORANGE, 3.5)
         axes.set_title(f'{name}: {overlap[TRIANGLE, prior]:.2f}', fontsize=14)
 
-    lower.suptitle('priors of both stars: IoU with the left | right one', fontsize=16)
     contested = (overlap[[STAR_BEHIND, STAR]] >= 0.5).all(dim=0).nonzero().flatten().tolist()
+    lower.suptitle(f'four of {len(contested)} priors that reach 0.5 with both stars:\n'
+                   'IoU with the left | right one, the matched one bold', fontsize=16)
     for axes, prior in zip(lower.subplots(1, 4), contested):
         show_close_up(axes, boxes[[STAR_BEHIND, STAR]].mean(dim=0), 0.22)
         for obj in (STAR_BEHIND, STAR):
@@ -449,8 +450,8 @@ def draw_hard_negatives(colors):
                     [f'{cross_entropy[hardest]:.2f}'])
         axes.set_title(f'after {count_iterations(name)} iterations:\nloss {loss:.2f}')
     figure.supxlabel(f'blue: {int((true_classes > 0).sum())} positives, orange: '
-                     f'{int(hard.sum())} hard negatives\narea: their cross entropy, box: the '
-                     'hardest one', color=colors.ink)
+                     f'{int(hard.sum())} hard negatives\narea: cross entropy, box: the hardest '
+                     'negative and its value', color=colors.ink)
     return figure
 
 
@@ -534,8 +535,9 @@ def draw_learning_rate(colors):
 
 
 def draw_training_curves(colors, rows):
-    """Draw losses and mAP of a training run, from the rows of its log."""
-    figure, (losses, scores) = create_figure(6.6, 2, 1, sharex=True, height_ratios=(3, 2))
+    """Draw losses, learning rate and mAP of a training run, from the rows of its log."""
+    figure, (losses, rates, scores) = create_figure(7.6, 3, 1, sharex=True,
+                                                    height_ratios=(3, 1.2, 2))
     iterations = [row['iteration'] for row in rows]
     for column, label, color in (('loss', 'loss', colors.ink),
                                  ('classes', 'classification', colors.blue),
@@ -543,17 +545,23 @@ def draw_training_curves(colors, rows):
         losses.plot(iterations, [row[column] for row in rows], label=label, color=color)
     losses.set(title='loss', ylim=(0, None))
     losses.legend()
+    rates.step(iterations, [row['rate'] for row in rows], color=colors.orange)
+    rates.set(title='learning rate', yscale='log', ylim=(1e-5, 2e-3))
+    rates.tick_params(which='minor', labelleft=False)
     evaluated = [row for row in rows if not math.isnan(row['mAP'])]
     scores.plot([row['iteration'] for row in evaluated], [row['mAP'] for row in evaluated], 'o-',
                 color=colors.green, markersize=9 if len(evaluated) < 20 else 4)
     # As many points are labeled as there is room for, the last one always.
-    for row in evaluated[::-1][::math.ceil(len(evaluated) / 8) or 1]:
-        scores.annotate(f'{row["mAP"]:.2f}', (row['iteration'], row['mAP']),
-                        (0, -26 if row['mAP'] > 0.3 else 12), textcoords='offset points',
-                        ha='center' if row['mAP'] > 0.3 else 'right',
-                        weight='bold' if row is evaluated[-1] else 'normal')
+    labeled = math.inf
+    for row in evaluated[::-1]:
+        if labeled - row['iteration'] >= iterations[-1] / 9:
+            labeled = row['iteration']
+            scores.annotate(f'{row["mAP"]:.2f}', (labeled, row['mAP']),
+                            (0, -26 if row['mAP'] > 0.3 else 12), textcoords='offset points',
+                            ha='center' if row['mAP'] > 0.3 else 'right',
+                            weight='bold' if row is evaluated[-1] else 'normal')
     scores.set(title='mAP', ylim=(0, 1.05), xlabel='iterations')
-    for axes in (losses, scores):
+    for axes in (losses, rates, scores):
         axes.grid()
         axes.margins(x=0.06)
     return figure
