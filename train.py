@@ -21,7 +21,13 @@ from datasets import PascalVOCDataset, ShuffledBatches, make_test_loader, make_t
 from eval import evaluate
 from model import SSD300, SSD512, MultiBoxLoss
 from support.batch_norm import add_batch_norm, is_norm
-from support.checkpoints import find_newest_checkpoint, restore, save_checkpoint, sibling_path
+from support.checkpoints import (
+    find_newest_checkpoint,
+    restore,
+    save_checkpoint,
+    set_aside,
+    sibling_path,
+)
 from support.compilation import compile_network_and_loss
 from support.device import choose_precision, configure_gpu, move_for_training
 from support.errors import (
@@ -133,7 +139,7 @@ class Parameters:
     # --- bookkeeping ---
 
     # The checkpoint that is written. The one with the best mAP is next to it, with .best in its
-    # name; papers report the last.
+    # name; papers report the last. Those of an earlier run get .earlier in their names.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
     # A checkpoint to resume. auto is the newest readable one of this run, or a new start if there
     # is none, so that one command both starts a run and resumes it.
@@ -380,8 +386,15 @@ class Run:
         """Write a checkpoint with all that a resumed run needs.
 
         It is the same in all ranks, but for the running statistics of batch normalization.
+
+        Raises:
+            UserError: weights or running statistics are not finite.
         """
-        save_checkpoint(path, iteration=iteration, model=self.model.state_dict(),
+        state = self.model.state_dict()
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise UserError(f'weights or statistics are not finite after '
+                            f'{iteration} iterations; {path} stays as it was: lower --lr')
+        save_checkpoint(path, iteration=iteration, model=state,
                         optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                         label_map=self.model.label_map, parameters=self.settings)
 
@@ -426,8 +439,10 @@ def load_start(p, model, optimizer, scaler, settings):
         raise UserError('the machines of this run find different checkpoints; put --checkpoint '
                         'into a folder that all of them share')
     if path is None:
-        if p.pretrained and get_rank() == 0:    # DistributedDataParallel copies its weights
-            load_pretrained(model, p.init, p.weights)
+        if get_rank() == 0:
+            if p.pretrained:    # DistributedDataParallel copies the weights of rank 0
+                load_pretrained(model, p.init, p.weights)
+            set_aside(p.checkpoint)
         barrier()   # a download may take longer than a collective operation waits
         broadcast_buffers(model)    # before the loss takes the priors
         return 0
@@ -463,7 +478,9 @@ def check_parameters(p):
     """Raise a UserError for invalid parameters, before any data is read."""
     check_at_least(1, iterations=p.iterations, batch_size=p.batch_size, save_every=p.save_every,
                    print_freq=p.print_freq, grad_accumulation=p.grad_accumulation)
-    check_at_least(0, workers=p.workers, warmup=p.warmup, eval_every=p.eval_every)
+    check_at_least(0, workers=p.workers, warmup=p.warmup, eval_every=p.eval_every, lr=p.lr,
+                   weight_decay=p.weight_decay, seed=p.seed,
+                   decay_lr_at=min(p.decay_lr_at, default=0))
     if p.init != 'imagenet' and not p.pretrained:
         raise UserError(f'--init {p.init} has no effect with --no-pretrained; leave one of the two '
                         f'out')
@@ -523,7 +540,13 @@ def print_summary(p, device, dtype, start, train_set, test_set):
         print(f'note: the schedule is for batches of {default.batch_size}; with {p.batch_size} the '
               f'same is --iterations {round(default.iterations * factor)} --decay-lr-at {drops} '
               f'--warmup {round(default.warmup * factor)} --lr {default.lr / factor:g}')
+    if p.warmup > p.iterations:
+        print(f'warning: the warm-up of {p.warmup} iterations is longer than the run; give a '
+              f'shorter --warmup')
     for drop in p.decay_lr_at:
+        if drop < p.warmup:
+            print(f'warning: the drop of the rate at {drop} is within the warm-up of {p.warmup} '
+                  f'iterations, and comes after it; give --decay-lr-at or a shorter --warmup')
         if drop >= p.iterations:
             print(f'warning: the drop of the rate at {drop} never comes, the run ends at '
                   f'{p.iterations}; give --decay-lr-at')

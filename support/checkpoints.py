@@ -42,6 +42,16 @@ def find_newest_checkpoint(path):
     return None
 
 
+def set_aside(path):
+    """Rename last and best checkpoint of an earlier run, which a new run would replace."""
+    for candidate in (path, sibling_path(path, '.best')):
+        target = pathlib.Path(os.path.realpath(candidate))
+        if target.exists():
+            kept = sibling_path(target, '.earlier')
+            os.replace(target, kept)
+            print(f'note: {candidate} is of an earlier run; renamed to {kept}')
+
+
 def sibling_path(path, mark, keep_suffix=True):
     """Insert a mark into a checkpoint's file name: net.best.pth.tar for net.pth.tar and '.best'.
 

@@ -50,9 +50,12 @@ def exit_on_user_error(main):
         except MemoryError:
             message = 'out of memory; give a smaller --batch-size or fewer --workers'
         except RuntimeError as error:
-            if not re.search(r'DataLoader worker \(pid|Pin memory thread', str(error)):
+            if 'DefaultCPUAllocator' in str(error):     # torch.OutOfMemoryError is for GPUs
+                message = 'out of memory; give a smaller --batch-size or fewer --workers'
+            elif not re.search(r'DataLoader worker \(pid|Pin memory thread', str(error)):
                 raise
-            message = f'{str(error).splitlines()[0]}. {WORKER_ADVICE}'
+            else:
+                message = f'{str(error).splitlines()[0]}. {WORKER_ADVICE}'
         except KeyboardInterrupt:
             message = 'interrupted'
         print(f'{pathlib.Path(sys.argv[0]).name}: {message}', file=sys.stderr)
@@ -63,7 +66,7 @@ def exit_on_user_error(main):
 def check_at_least(minimum, **values):
     """Raise a UserError for the first parameter that is less than the minimum."""
     for name, value in values.items():
-        if value < minimum:
+        if not value >= minimum:    # NaN, too
             raise UserError(f'{name} is {value}; give --{name.replace("_", "-")} {minimum} or more')
 
 

@@ -106,8 +106,11 @@ def shared_folder():
         lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
         numbers = dict(line.split(':') for line in lines)
         limits.append(1024 * int(numbers['MemAvailable'].split()[0]))
-    with contextlib.suppress(OSError, ValueError):  # limit of a container, unless it is 'max'
+    # The limit of a container, unless it is 'max'.
+    with contextlib.suppress(OSError, ValueError, KeyError):
         group = pathlib.Path('/sys/fs/cgroup')
+        lines = (group / 'memory.stat').read_text().splitlines()
+        reclaimable = int(dict(line.split() for line in lines)['inactive_file'])    # read files
         limits.append(int((group / 'memory.max').read_text())
-                      - int((group / 'memory.current').read_text()))
+                      - int((group / 'memory.current').read_text()) + reclaimable)
     return folder, min(limits)

@@ -117,8 +117,12 @@ class TrainingLog:
                        f'{remaining} to go without evaluations, '
                        f'{peak_memory(self.device) / 1e9:.1f} GB at the peak')
         if self.is_first:
-            with open(self.folder / 'log.csv', 'a', encoding='utf-8', newline='') as file:
-                csv.writer(file).writerow(format_row(row))
+            try:
+                with open(self.folder / 'log.csv', 'a', encoding='utf-8', newline='') as file:
+                    csv.writer(file).writerow(format_row(row))
+            except OSError as error:
+                raise UserError(f'{self.folder} cannot be written ({error}); free some space, and '
+                                f'resume with --resume auto') from error
             for column in COLUMNS[1:-1]:
                 if not math.isnan(row[column]):
                     self.board.add_scalar(column, row[column], iteration)

@@ -131,6 +131,13 @@ def test_image_that_cannot_be_decoded_is_named(content, lists):
         data[1]
 
 
+def test_images_that_became_smaller_are_a_user_error(lists):
+    folder, images = lists({'a': [('cat', (8, 6, 60, 40))]})
+    Image.open(images / 'a.jpg').resize((32, 24)).save(images / 'a.jpg')
+    with pytest.raises(UserError, match='a.jpg has 32 x 24 pixels, and boxes past its border'):
+        PascalVOCDataset(folder, 'TRAIN')[0]
+
+
 def test_split_is_train_or_test(lists):
     folder, _ = lists({'a': [CAT]})
     with pytest.raises(AssertionError, match="'train'"):

@@ -375,11 +375,42 @@ def test_pretrained_weights_are_loaded_only_by_a_new_run(parameters, small_netwo
     assert len(loaded) == 1, 'a resumed run has its weights already'
 
 
+def test_new_run_keeps_the_checkpoint_of_an_earlier_one(parameters, small_network, monkeypatch):
+    run(parameters, iterations=1)
+    run(parameters, iterations=2)
+    path = parameters.checkpoint
+    assert load_checkpoint(path)['iteration'] == 2
+    assert load_checkpoint(sibling_path(path, '.earlier'))['iteration'] == 1
+    # It may be the file that --weights names, so that is read before.
+    exists = []
+    monkeypatch.setattr(train, 'load_pretrained', lambda *args: exists.append(os.path.exists(path)))
+    run(parameters, iterations=1, pretrained=True)
+    assert exists == [True]
+
+
+def test_checkpoint_without_finite_statistics_is_not_written(parameters, capsys, monkeypatch):
+    class Diverged(SmallNetwork):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer('running_mean', torch.tensor([math.nan]))
+
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', Diverged)
+    error = error_of(capsys, parameters, iterations=1)
+    assert 'are not finite after 1 iterations' in error and 'lower --lr' in error
+    assert not os.path.exists(parameters.checkpoint)
+
+
 def test_warnings_of_a_schedule_that_does_not_fit(parameters, capsys, small_network):
     run(parameters, iterations=1, decay_lr_at=train.Parameters().decay_lr_at)
     out = capsys.readouterr().out
     assert 'the drop of the rate at 80000 never comes' in out
     assert '--iterations 1920000 --decay-lr-at 1280000 1600000 --warmup 16000 --lr 6.25e-05' in out
+    assert 'the warm-up of 2 iterations is longer than the run' in out
+    assert 'within the warm-up' not in out
+    run(parameters, iterations=3)
+    out = capsys.readouterr().out
+    assert 'the drop of the rate at 1 is within the warm-up of 2 iterations' in out
+    assert 'longer than the run' not in out and 'never comes' not in out
 
 
 @pytest.mark.parametrize('changes, words', [
@@ -390,6 +421,10 @@ def test_warnings_of_a_schedule_that_does_not_fit(parameters, capsys, small_netw
     ({'workers': -1}, ['workers is -1']),
     ({'init': 'coco'}, ['--init coco has no effect with --no-pretrained']),
     ({'eval_every': -1}, ['eval_every is -1']),
+    ({'lr': math.nan}, ['lr is nan', '--lr 0 or more']),
+    ({'weight_decay': -1.}, ['weight_decay is -1']),
+    ({'decay_lr_at': (3, -5)}, ['decay_lr_at is -5']),
+    ({'seed': -1}, ['seed is -1']),
     ({'grad_accumulation': 0}, ['grad_accumulation is 0']),
     ({'grad_accumulation': 4},
      ['batch_size is 2', '1 processes times 4 micro-batches', 'that 4 divides']),

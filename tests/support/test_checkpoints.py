@@ -16,6 +16,7 @@ from support.checkpoints import (
     load_checkpoint,
     restore,
     save_checkpoint,
+    set_aside,
     sibling_path,
 )
 from support.errors import UserError
@@ -173,6 +174,23 @@ def test_newest_checkpoint_is_the_last_one_that_can_be_read(tmp_path, capsys):
     last.unlink()
     assert find_newest_checkpoint(last) is None
     assert capsys.readouterr().out.count('note: ') == 2
+
+
+def test_checkpoints_of_an_earlier_run_are_renamed(tmp_path, capsys):
+    disk, folder = tmp_path / 'disk', tmp_path / 'run'
+    disk.mkdir()
+    folder.mkdir()
+    save_checkpoint(disk / 'net.pth', iteration=5)
+    (folder / 'net.pth').symlink_to(disk / 'net.pth')
+    save_checkpoint(folder / 'net.best.pth', iteration=4)
+    set_aside(str(folder / 'net.pth'))
+    assert find_newest_checkpoint(folder / 'net.pth') is None
+    assert load_checkpoint(disk / 'net.earlier.pth')['iteration'] == 5
+    assert load_checkpoint(folder / 'net.best.earlier.pth')['iteration'] == 4
+    assert capsys.readouterr().out.count('is of an earlier run; renamed to') == 2
+    save_checkpoint(folder / 'net.pth', iteration=1)    # where the link still leads to
+    assert load_checkpoint(disk / 'net.pth')['iteration'] == 1
+    set_aside(tmp_path / 'new.pth')
 
 
 @pytest.mark.parametrize('iteration', ['3', -1, 2.5, torch.zeros(2)], ids=str)

@@ -53,6 +53,13 @@ def test_user_error_is_printed_as_one_line_with_exit_status_1(error, message, ca
     assert 'Traceback' not in printed.err
 
 
+def test_memory_of_the_cpu_that_runs_out_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        exit_on_user_error(torch.empty)(1 << 50)
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and 'out of memory; give a smaller --batch-size' in err
+
+
 @pytest.mark.parametrize('error', [ZeroDivisionError(), RuntimeError('a bug')], ids=repr)
 def test_other_exceptions_are_raised(error):
     @exit_on_user_error
@@ -70,6 +77,8 @@ def test_first_value_below_the_minimum_is_reported():
     check_at_least(1, batch_size=1, workers=2)
     with pytest.raises(UserError, match='^save_every is 0; give --save-every 1 or more$'):
         check_at_least(1, batch_size=1, save_every=0, workers=-1)
+    with pytest.raises(UserError, match='^lr is nan; give --lr 0 or more$'):
+        check_at_least(0, lr=math.nan)
 
 
 @pytest.mark.parametrize('value', [-.01, 1.01, math.inf, math.nan])

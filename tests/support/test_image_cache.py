@@ -59,6 +59,22 @@ def test_cache_larger_than_the_memory_is_a_user_error(dataset, monkeypatch, tmp_
     assert not list(tmp_path.glob('ssd300*'))
 
 
+def test_memory_of_read_files_in_a_container_is_free(monkeypatch):
+    """The limit of the group counts files that were read, which the system drops when needed."""
+    files = {'memory.max': '1000\n', 'memory.current': '900\n',
+             'memory.stat': 'anon 500\nfile 400\ninactive_file 300\n'}
+
+    def read_text(path):
+        if path.parent != pathlib.Path('/sys/fs/cgroup'):
+            raise FileNotFoundError(path)
+        return files[path.name]
+
+    monkeypatch.setattr(pathlib.Path, 'read_text', read_text)
+    assert image_cache.shared_folder()[1] == 400
+    files['memory.max'] = 'max\n'
+    assert image_cache.shared_folder()[1] > 1_000_000
+
+
 def test_corrupt_image_is_a_user_error_with_its_name(dataset):
     path = pathlib.Path(dataset.images[2])
     path.write_bytes(path.read_bytes()[:400])

@@ -64,6 +64,15 @@ def test_row_has_the_means_of_the_steps_that_were_taken(make_log, tmp_path, caps
     assert log.best_mAP() == 0.25
 
 
+def test_log_that_cannot_be_written_is_a_user_error(make_log, tmp_path):
+    with make_log() as log:
+        (tmp_path / 'log' / 'log.csv').unlink()
+        (tmp_path / 'log' / 'log.csv').symlink_to('/dev/full')
+        update(log, 1., 2.)
+        with pytest.raises(UserError, match='log cannot be written .*No space left.*--resume auto'):
+            log.write_row(1, 1e-3)
+
+
 def test_ten_skipped_steps_in_a_row_are_a_user_error(make_log):
     with make_log() as log:
         for iteration in range(1, 10):
