@@ -88,16 +88,18 @@ class Parameters:
 def main(parameters):
     """Write the lists of the given splits, or else of VOC."""
     p = parameters
-    is_coco = p.coco_train or p.coco_test
+    is_coco, in_layout = p.coco_train or p.coco_test, p.train or p.test
+    if is_coco and in_layout:
+        raise UserError('--coco-train and --coco-test cannot be combined with --train and --test; '
+                        'leave out one kind of data')
+    if (is_coco or in_layout) and (p.download, p.voc07_path, p.voc12_path) != (
+            Parameters.download, Parameters.voc07_path, Parameters.voc12_path):
+        raise UserError('--download, --voc07-path and --voc12-path are for VOC; leave them out, or '
+                        'leave out the other data')
     if is_coco:
-        if p.train or p.test or p.download:
-            raise UserError('--coco-train and --coco-test cannot be combined with other data; '
-                            'leave out --train, --test and --download')
         train_splits, test_splits = map(parse_exports, (p.coco_train, p.coco_test))
         label_map = None
-    elif p.train or p.test:
-        if p.download:
-            raise UserError('--download is for VOC; leave it out, or leave out --train and --test')
+    elif in_layout:
         train_splits = [parse_split(text) for text in p.train]
         test_splits = [parse_split(text) for text in p.test]
         label_map = None
@@ -220,8 +222,9 @@ def write_lists(output_folder, train, test, label_map, coco=None):
                 TEST_objects=test[1], label_map=label_map, **contents)
     if coco is None:
         (output_folder / 'TEST_coco.json').unlink(missing_ok=True)  # of earlier lists
+    in_both = Counter({'images that are in TRAIN, too': len({*train[0]} & {*test[0]})})
     summary = {'classes': [name for name in label_map if name != 'background'],
-               'TRAIN': train[2], 'TEST': test[2]}
+               'TRAIN': train[2], 'TEST': test[2] | +in_both}
     print_summary(summary, output_folder)
     return summary
 
@@ -312,8 +315,11 @@ def find_files(folder, split):
         has_flag = words[-1] in ('-1', '0', '1') and line not in image_paths
         name = words[0] if has_flag else line
         if name not in image_paths:
+            advice = ('write it without folder and suffix'
+                      if pathlib.PurePath(name).with_suffix('').name in image_paths else
+                      'add it, or take the line out')
             raise UserError(f'{split_path} names {name!r}, but {folder / "JPEGImages"} has no '
-                            f'image of that name; add it, or take the line out')
+                            f'image of that name; {advice}')
         files.append((folder.resolve() / 'Annotations' / f'{name}.xml', image_paths[name]))
     return files
 

@@ -286,8 +286,8 @@ def main(parameters):
                         p.min_score, p.max_overlap, p.top_k, p.precision)
     inputs, problems = expand_inputs(p.inputs)
     outputs = choose_outputs(inputs, p.output) if inputs else []
-    check_outputs(inputs, outputs + ([pathlib.Path(p.json)] if p.json else []))
-    if p.json:
+    check_outputs(inputs, outputs + ([] if p.json is None else [pathlib.Path(p.json)]))
+    if p.json is not None:
         make_folder(pathlib.Path(p.json).parent)
     for problem in problems:
         print_error(problem)

@@ -24,7 +24,13 @@ from support.coco_lists import (
 )
 from support.coco_metrics import coco_average_precision, coco_summary
 from support.device import choose_precision, disable_tf32
-from support.errors import UserError, check_at_least, exit_on_user_error, make_folder
+from support.errors import (
+    UserError,
+    check_at_least,
+    check_fractions,
+    exit_on_user_error,
+    make_folder,
+)
 from support.evaluation_report import (
     draw_pictures,
     ground_truth_in_pixels,
@@ -61,7 +67,7 @@ class Parameters:
 
     # --- model ---
 
-    # The checkpoint that train.py wrote, or an .onnx file of tools/export.py.
+    # The checkpoint that train.py wrote, or an .onnx file of tools/export.py, in its own precision.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
 
     # --- output ---
@@ -83,7 +89,7 @@ class Parameters:
     batch_size: int = 32
     # cpu, cuda, cuda:1, ...; auto is the GPU where there is one.
     device: str = 'auto'
-    # The table is always that of float32. With bf16, fp16 or auto (what detect.py uses) objects are
+    # The table is that of float32. With bf16, fp16 or auto (what detect.py uses) objects are
     # detected once more, in this precision, and the difference of the mAP is printed.
     precision: Literal['auto', 'bf16', 'fp16', 'float32'] = 'float32'
 
@@ -191,11 +197,15 @@ def main(parameters):
     p = parameters
     check_at_least(1, batch_size=p.batch_size)
     check_at_least(0, workers=p.workers)
+    check_fractions(operating_score=p.operating_score)
     if p.detections and p.results:
         raise UserError('--detections are already written; leave --results out')
     if p.detections and p.precision != 'float32':
         raise UserError('--detections are of one precision; leave --precision out')
     check_parameters(p.checkpoint, p.device, p.precision)
+    if is_onnx(p.checkpoint) and p.precision == 'auto':
+        raise UserError(f'{p.checkpoint} has only the precision that it was exported with; leave '
+                        f'--precision out')
     with process_group('cpu' if p.detections or is_onnx(p.checkpoint) else p.device) as device:
         model = None if p.detections else load_model(p.checkpoint, device)
         dataset = PascalVOCDataset(p.data_folder, 'TEST', keep_difficult=True)

@@ -288,12 +288,15 @@ def parse_annotation(annotation_path, label_map):
 
 def parse_objects(root, annotation_path, label_map):
     """Read the objects below the root element of an annotation; see `parse_annotation()`."""
+    if root.tag != 'annotation':
+        raise UserError(f'{annotation_path}: the root element is <{root.tag}>, not <annotation>; '
+                        f'export the annotations in the format of VOC')
     boxes, labels, difficulties = [], [], []
     for number, obj in enumerate(root.findall('object'), 1):
         where = f'{annotation_path}, object {number}'
         name = (obj.findtext('name') or '').strip()
-        if not name:
-            raise UserError(f'{where}: no class name; add <name>...</name>')
+        if not name.isprintable() or not name:
+            raise UserError(f'{where}: {name!r} is not a class name; correct <name>...</name>')
         if label_map is not None and (name not in label_map or name == 'background'):
             raise UserError(f'{where}: class {name!r} is none of {sorted(label_map)}; '
                             f'correct it, or add it to the classes')

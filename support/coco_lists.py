@@ -79,7 +79,7 @@ def select_categories(path, categories, used):
             if row_id in used or categories[row_id]['name'] not in used_names}
 
 
-def read_json(path):
+def read_json(path, advice="give an annotation file in COCO's format"):
     """Read a JSON file, of its dictionaries only `KEYS`."""
     def keep(row):
         """Return the keys to keep of a dictionary."""
@@ -88,8 +88,7 @@ def read_json(path):
     try:
         return json.loads(path.read_text(encoding='utf-8-sig'), object_hook=keep)
     except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}); give an annotation file in '
-                        f'COCO\'s format') from error
+        raise UserError(f'{path} cannot be read ({error.strerror}); {advice}') from error
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path} is not valid JSON ({error}); export it again') from error
 
@@ -180,9 +179,13 @@ def parse_exports(texts):
 
 
 def read_exports(exports):
-    """Read (annotation file, image folder) pairs: CocoData whose images have their path, too."""
+    """Read (annotation file, image folder) pairs: CocoData whose images have their path, too.
+
+    Raises:
+        UserError: an invalid file, a missing image, an image that is listed twice.
+    """
     all_data = []
-    for file, folder in exports:
+    for file, folder in {tuple(map(os.path.realpath, pair)): pair for pair in exports}.values():
         data, folder = read_coco(file), pathlib.Path(folder).resolve()
         for image in data.images:
             name = pathlib.Path(image['file_name'])
@@ -196,6 +199,11 @@ def read_exports(exports):
                             f'missing, such as {missing[0]!r}; add them, or give the folder that '
                             f'file_name is relative to')
         all_data.append(data)
+    counts = Counter(image['path'] for data in all_data for image in data.images)
+    for path, count in counts.items():
+        if count > 1:   # in each, the objects of the others would be background
+            raise UserError(f'{path} is listed {count} times, with annotations of its own each '
+                            f'time; join them under one image id')
     return all_data
 
 
@@ -324,7 +332,7 @@ def write_results(folder, detections, data, label_map):
 def read_results(folder, data, label_map):
     """Read a result file as `Detections` in pixels."""
     path = pathlib.Path(folder) / RESULTS_NAME
-    results = read_json(path)
+    results = read_json(path, 'give the folder of --results')
     if not isinstance(results, list):
         raise UserError(f'{path} is not a list of detections; give the folder of --results')
     rows = {image['id']: [] for image in data.images}   # of each image: corners, label, score

@@ -265,8 +265,10 @@ def draw_precision_recall(matches, label_map, path):
         n_true = match.true_positive.cumsum(0)[match.true_positive]
         n_false = match.false_positive.cumsum(0)[match.true_positive]
         axes.plot((n_true / match.n_objects).tolist(), (n_true / (n_true + n_false)).tolist(),
+                  marker='.',   # a single one is a point
                   color=colors[name],
-                  label=f'{name} {ap:.4f}'.replace('$', r'\$'))   # dollars enclose formulas
+                  # Dollars would enclose a formula; a label that begins with _ would be hidden.
+                  label=f'{ap:.4f} {name}'.replace('$', r'\$'))
     axes.set_xlabel('recall = TP / objects')
     axes.set_ylabel('precision = TP / (TP + FP)')
     axes.set_xlim(0, 1)

@@ -121,8 +121,11 @@ def choose_outputs(inputs, output):
 def candidate_names(name):
     """Yield file names for the annotated version of an input: a.jpg, a_2.jpg, a_3.jpg, ..."""
     if is_stream(name):
-        parts = urllib.parse.urlsplit(redact(name))
-        path = pathlib.Path(parts.path.strip('/') or parts.hostname or 'stream')
+        try:
+            parts = urllib.parse.urlsplit(redact(name))
+            path = pathlib.Path(parts.path.strip('/') or parts.hostname or 'stream')
+        except ValueError:  # rtsp://[camera/
+            path = pathlib.Path('stream')
     else:
         path = pathlib.Path({'-': 'stdin'}.get(name, f'camera_{name}' if is_camera(name) else name))
     suffixes, default = ((OUTPUT_VIDEO_SUFFIXES, '.mp4') if is_video(name) else
@@ -134,9 +137,15 @@ def candidate_names(name):
 
 
 def check_outputs(inputs, outputs):
-    """Raise a UserError if an output would replace an input."""
+    """Raise a UserError if an output is a folder, or would replace an input or another output."""
+    for path in outputs:
+        if path.is_dir():
+            raise UserError(f'{path} is a folder; give the name of a file')
+    resolved = [path.resolve() for path in outputs]
+    if len({*resolved}) < len(resolved):
+        raise UserError('--output and --json would write the same file; give two names')
     replaced = ({pathlib.Path(path).resolve() for path in inputs}
-                & {path.resolve() for path in outputs})
+                & {*resolved})
     if replaced:
         raise UserError(f'{replaced.pop()} would be replaced by its annotated version; give '
                         f'another --output')

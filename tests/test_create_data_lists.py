@@ -151,6 +151,13 @@ def test_several_splits_become_one_list_in_order(make_voc, tmp_path):
     assert lists['TEST_images'] == lists['TEST_objects'] == []
 
 
+def test_images_in_both_lists_are_counted(make_voc, tmp_path, capsys):
+    root = make_voc({'s': {'a': [CAT], 'b': [CAT]}, 't': {'b': [CAT], 'c': [CAT]}})
+    summary = write_data_lists([(root, 's')], [(root, 't')], tmp_path / 'out')
+    assert summary['TEST']['images that are in TRAIN, too'] == 1
+    assert 'images that are in TRAIN, too: 1\n' in capsys.readouterr().out
+
+
 def test_image_of_overlapping_splits_is_listed_once(make_voc, tmp_path):
     root = make_voc({'s': {'a': [CAT], 'b': [CAT]}, 't': {'b': [CAT], 'c': [CAT]}})
     summary = write_data_lists([(root, 's'), (root, 't'), (root, 's')], [], tmp_path / 'out')
@@ -216,6 +223,23 @@ def break_class(root):
     return "b.xml.*'zebra'"
 
 
+def break_name(root):
+    path = root / 'Annotations' / 'b.xml'
+    path.write_text(path.read_text().replace('cat', 'c\nat'))
+    return r"b.xml, object 1: 'c\\nat' is not a class name"
+
+
+def break_root(root):
+    path = root / 'Annotations' / 'b.xml'
+    path.write_text(path.read_text().replace('annotation>', 'annotations>'))
+    return 'b.xml: the root element is <annotations>'
+
+
+def name_with_suffix(root):
+    (root / 'ImageSets' / 'Main' / 'test.txt').write_text('a\nJPEGImages/b.jpg\n')
+    return "test.txt.*'JPEGImages/b.jpg'.*without folder and suffix"
+
+
 def remove_annotation(root):
     (root / 'Annotations' / 'b.xml').unlink()
     return 'b.xml'
@@ -248,8 +272,9 @@ def break_layout(root):
 
 
 @pytest.mark.parametrize('break_it', [break_width, break_height, break_image, break_class,
-                                      remove_annotation, remove_image, leave_folder, name_copy,
-                                      remove_split, break_layout])
+                                      break_name, break_root, name_with_suffix, remove_annotation,
+                                      remove_image, leave_folder, name_copy, remove_split,
+                                      break_layout])
 @pytest.mark.parametrize('old_lists', [False, True])
 def test_invalid_folder_is_reported_and_no_list_changes(break_it, old_lists, make_voc, tmp_path):
     root, out = make_voc({'train': {'a': [CAT]}, 'test': {'a': [CAT], 'b': [CAT]}}), tmp_path / 'o'
@@ -448,7 +473,9 @@ def test_other_data_take_any_number_of_splits_and_their_own_classes(make_voc, tm
 @pytest.mark.parametrize('parameters, message', [
     ({'train': ('nosplit',)}, "'nosplit' is not folder:split"),
     ({'train': (':split',)}, "':split' is not folder:split"),
-    ({'train': ('a:b',), 'download': 'x'}, '--download is for VOC'),
+    ({'train': ('a:b',), 'download': 'x'}, '--voc12-path are for VOC; leave them out'),
+    ({'test': ('a:b',), 'voc07_path': 'x'}, '--voc12-path are for VOC; leave them out'),
+    ({'train': ('a:b',), 'voc12_path': 'x'}, '--voc12-path are for VOC; leave them out'),
     ({'train': ('a:b',), 'classes': ('cat', 'cat')}, 'each class once'),
     ({'train': ('a:b',), 'classes': ('background',)}, 'leave background out'),
 ])

@@ -213,6 +213,7 @@ def test_names_that_no_result_file_can_hold_are_found_before_the_evaluation(
     ({'results': 'x'}, 'leave --results out'),
     ({'precision': 'bf16'}, 'leave --precision out'),
     ({'batch_size': 0}, 'batch'),
+    ({'operating_score': float('nan')}, 'operating_score is nan; give a number from 0 to 1'),
     ({}, 'no images in its TEST list'),
 ])
 def test_invalid_input_is_a_user_error(lists, tmp_path, capsys, changes, message):

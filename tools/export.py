@@ -203,6 +203,9 @@ class CalibrationImages(CalibrationDataReader):
 def sample_images(data_folder, n_images, model):
     """Sample images of a data folder's TRAIN list at random; they are not augmented."""
     dataset = PascalVOCDataset(data_folder, 'TRAIN', augment=False)
+    if not len(dataset):
+        raise UserError(f'{data_folder} has no images in its TRAIN list; make the lists with a '
+                        f'split to train on')
     dataset.resize_for(model)
     indices = random.Random(0).sample(range(len(dataset)), min(n_images, len(dataset)))
     return (dataset[i][0] for i in indices)

@@ -91,7 +91,8 @@ def test_lists_of_a_crafted_file(export, tmp_path, capsys):
         'boxes past the border, clipped': 1, 'images without objects, left out': 2}
     assert summary['TEST'] == {
         'images': 4, 'objects': 4, 'crowds': 2, 'boxes of a pixel or less, dropped': 2,
-        'boxes past the border, clipped': 1, 'images without objects, kept': 1}
+        'boxes past the border, clipped': 1, 'images without objects, kept': 1,
+        'images that are in TRAIN, too': 2}
     # COCO's evaluation has the original boxes, ids and areas.
     coco = read_list(lists, 'TEST_coco')
     assert [image['id'] for image in coco['images']] == [9, 4, 139, 11]
@@ -101,6 +102,26 @@ def test_lists_of_a_crafted_file(export, tmp_path, capsys):
         (9, 7, 1.5, 2.25, 10, 20.5, 77.5, 0), (4, 3, 60, 40, 10, 10, 50, 0),
         (9, 3, 0, 0, 30, 30, 400, 1), (9, 3, 5, 5, 0, 20, 0, 0), (9, 3, 5, 5, 20, 1, 10, 0),
         (139, 7, 0, 0, 60, 40, 2000, 1)}
+
+
+def test_export_that_is_named_twice_is_read_once(export, tmp_path, monkeypatch):
+    file, folder = export
+    monkeypatch.chdir(tmp_path)
+    write_coco_lists([export, (file.name, folder.name)], [], tmp_path / 'lists')
+    assert len(read_list(tmp_path / 'lists', 'TRAIN_images')) == 2
+
+
+def test_image_under_two_ids_is_a_user_error(make_coco, tmp_path):
+    """The objects of one id would be background to the other."""
+    rows = [annotate(1, 7, [0, 0, 9, 9]), annotate(2, 3, [20, 20, 9, 9])]
+    one = make_coco({1: 'a.jpg', 2: 'b/../a.jpg'}, rows, name='one')
+    one[0].write_text(one[0].read_text().replace('b/../', './'))
+    two = make_coco({1: 'a.jpg', 2: 'b.jpg'}, rows, name='two')
+    other = tmp_path / 'other.json'
+    other.write_text(two[0].read_text())
+    for exports, name in (([one], 'one/a.jpg'), ([two, (other, two[1])], 'two/a.jpg')):
+        with pytest.raises(UserError, match=f'{name} is listed 2 times.*under one image id'):
+            write_coco_lists(exports, [], tmp_path / 'lists')
 
 
 def test_crowds_are_difficult_by_the_rules_of_voc_alone(export, tmp_path):
@@ -280,7 +301,7 @@ def test_exports_are_parsed():
 @pytest.mark.parametrize('parameters, message', [
     ({'coco_train': ('a.json',)}, "'a.json' is not annotations.json:images"),
     ({'coco_test': ('a.json:b',), 'train': ('a:b',)}, 'cannot be combined'),
-    ({'coco_test': ('a.json:b',), 'download': 'x'}, 'cannot be combined'),
+    ({'coco_test': ('a.json:b',), 'download': 'x'}, 'are for VOC; leave them out'),
     ({'coco_test': ('a.json:b',), 'classes': ('a', 'a')}, 'each class once'),
     ({'coco_test': ('a.json:b',)}, 'a.json cannot be read'),
 ])

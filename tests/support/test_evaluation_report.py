@@ -5,13 +5,22 @@ import os
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageColor
 from tqdm import tqdm
 
 from support import evaluation_report as report
 from support.errors import UserError
-from utils import Detections, GroundTruth, calculate_mAP, label_map as voc_label_map, match_classes
+from utils import (
+    Detections,
+    GroundTruth,
+    calculate_mAP,
+    distinct_colors,
+    label_map as voc_label_map,
+    match_classes,
+)
 
 LABEL_MAP = {'background': 0, 'cat': 1, 'dog': 2, 'owl': 3}
 
@@ -177,12 +186,17 @@ def test_mutated_result_files_are_read_or_a_user_error(tmp_path):
             assert (boxes[:, 2:] - boxes[:, :2] > -0.01).all() and (boxes.abs() < 2e6).all()
 
 
-def test_class_names_with_dollars_are_drawn_as_they_are(tmp_path):
-    """Matplotlib sets what dollars enclose as a formula, and fails on an invalid one."""
-    label_map = {'background': 0, '$_$': 1, 'dog': 2, 'owl': 3}
+@pytest.mark.parametrize('name', ['$_$', '_cat'])
+def test_any_class_name_is_in_the_legend_and_a_single_true_positive_is_a_point(name, tmp_path):
+    """In Matplotlib dollars enclose a formula, and a label that begins with _ is hidden."""
+    label_map = {'background': 0, name: 1, 'dog': 2, 'owl': 3}
     matches = match_classes(DETECTIONS, GROUND_TRUTH, label_map)
     report.draw_precision_recall(matches, label_map, tmp_path / 'curves.png')
-    assert (tmp_path / 'curves.png').stat().st_size > 10_000
+    image = np.array(Image.open(tmp_path / 'curves.png').convert('RGB'), dtype=int)
+    has_color = abs(image - ImageColor.getrgb(distinct_colors(label_map)[name])).sum(2) < 30
+    columns = has_color.any(axis=0).nonzero()[0]
+    # The point at a recall of 0.5 is left of the middle, the line of the legend at the right.
+    assert columns.min() < 0.5 * image.shape[1] and columns.max() > 0.8 * image.shape[1]
 
 
 def test_kinds_of_mistakes():

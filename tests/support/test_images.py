@@ -1,6 +1,7 @@
 """Inputs, outputs, the JSON report and image files of detect.py."""
 
 import json
+import pathlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,6 +53,7 @@ def test_outputs_are_files_or_go_into_a_folder(tmp_path):
     assert choose_outputs(['-', '99', 'a.wmv', 'A.JPG', 'b/a.jpg'], folder) == [
         folder / 'stdin.png', folder / 'camera_99.mp4', folder / 'a.mp4', folder / 'A.JPG',
         folder / 'a_2.jpg']
+    assert choose_outputs(['rtsp://[camera/'], folder) == [folder / 'stream.mp4']
     (tmp_path / 'folder.png').mkdir()
     assert choose_outputs(['a.jpg'], tmp_path / 'folder.png') == [tmp_path / 'folder.png' / 'a.jpg']
 
@@ -67,6 +69,14 @@ def test_output_that_would_replace_an_input_is_user_error(tmp_path, monkeypatch)
     check_outputs(['photo.png'], [tmp_path / 'other.png'])
     with pytest.raises(UserError, match='photo.png would be replaced'):
         check_outputs(['photo.png'], [tmp_path / 'other.png', tmp_path / 'photo.png'])
+
+
+def test_outputs_are_different_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='--output and --json would write the same file'):
+        check_outputs(['photo.png'], [tmp_path / 'other.png', pathlib.Path('other.png')])
+    with pytest.raises(UserError, match='is a folder; give the name of a file'):
+        check_outputs(['photo.png'], [tmp_path / 'other.png', tmp_path])
 
 
 @pytest.mark.parametrize('n_rows', [0, 1, 3])

@@ -291,6 +291,19 @@ def test_parameters_without_an_effect_are_a_user_error(exported, capsys, paramet
         assert message in capsys.readouterr().err
 
 
+def test_file_is_not_evaluated_in_two_precisions(exported, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(evaluation.Parameters(checkpoint=str(exported), precision='auto'))
+    assert 'has only the precision that it was exported with' in capsys.readouterr().err
+
+
+def test_calibration_needs_images(make_voc, tmp_path):
+    voc = make_voc({'test': {'a': [('cat', (1, 1, 9, 9))]}})
+    write_data_lists([], [(voc, 'test')], tmp_path / 'lists')
+    with pytest.raises(UserError, match='has no images in its TRAIN list'):
+        export.sample_images(tmp_path / 'lists', 5, ThinSSD300(2))
+
+
 @pytest.mark.parametrize('parameters, message', [
     ({'output': 'ssd300.pt'}, 'does not end with .onnx'),
     ({'int8': True}, 'give both'),
