@@ -96,7 +96,7 @@ class Parameters:
 
     # --- measurements ---
 
-    # Names of the rows; none: all. The last six take minutes on a CPU.
+    # Names of the rows; none: all. Those from step on take minutes on a CPU.
     only: tuple[Literal['data', 'handover', 'loss', 'detect', 'untrained', 'mAP', 'step',
                         'inference', 'memory', 'ssd512', 'training', 'files',
                         'runtimes'], ...] = ()
@@ -107,7 +107,7 @@ class Parameters:
     batches: tuple[int, ...] = ()
     # Iterations of the training run from JPEG files; 0: 5 on a CPU, 1000 on a GPU.
     iterations: int = 0
-    # torch.compile of this project's side in the rows step and training, as in train.py.
+    # torch.compile of this project's side in the rows step, ssd512 and training, as in train.py.
     compile: Literal['auto', 'on', 'off'] = 'auto'
     # cpu, cuda, cuda:1, ...; auto is the GPU if there is one. Data and mAP are measured on the CPU
     # in any case.

@@ -16,7 +16,7 @@ import tyro
 from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
-from support.errors import atomic_write, exit_on_user_error, make_folder
+from support.errors import atomic_write, check_at_least, exit_on_user_error, make_folder
 
 
 @dataclasses.dataclass
@@ -67,6 +67,7 @@ def main(parameters):
     """Draw the splits trainval and test."""
     folder = pathlib.Path(parameters.output_folder)
     n_train, n_test = parameters.n_train, parameters.n_test
+    check_at_least(0, n_train=n_train, n_test=n_test)
     draw_split(folder, 'trainval', range(1, n_train + 1), parameters.seed)
     draw_split(folder, 'test', range(n_train + 1, n_train + n_test + 1), parameters.seed)
     print(f'{n_train + n_test} images drawn in {folder}')

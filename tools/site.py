@@ -9,6 +9,7 @@ which browsers draw themselves; no page requests anything from another host.
 
 import dataclasses
 import html
+import itertools
 import pathlib
 import posixpath
 import re
@@ -110,17 +111,20 @@ def write_modules(folder, modules):
 def places_of_names(modules):
     """Return where the modules define a name, by the ways in which the text writes it.
 
-    `match()` and `MultiBoxLoss.match()` are functions, `utils.decimate` needs no parentheses. A
-    name that is defined twice has no place.
+    `match()` and `MultiBoxLoss.match()` are functions, `model.decimate` needs no parentheses. A
+    name that is defined twice has no place, but `predict()` is the function, not a method.
     """
+    functions = {member.name for module in modules.values() for member in module.own_members}
     places = {}
     for module_name, module in modules.items():
         places[f'{module_name}.py'] = {f'/{module_name}.py'}
-        for member in module.flattened_own_members:
+        classes = (member for member in module.flattened_own_members if member.kind == 'class')
+        for member in itertools.chain(*(scope.own_members for scope in (module, *classes))):
             names = {f'{module_name}.{member.qualname}', member.qualname}
             if member.kind == 'function':
                 names = {f'{module_name}.{member.qualname}'}
-                names |= {f'{name}()' for name in (*names, member.qualname, member.name)}
+                names |= {f'{name}()' for name in (*names, member.qualname,
+                                                   *({member.name} - functions))}
             for name in names:
                 places.setdefault(name, set()).add(f'/{module_name}.py#{member.qualname}')
     return {name: place for name, (place, *others) in places.items() if not others}

@@ -132,9 +132,12 @@ for (const kind of ['dragover', 'dragleave', 'drop']) {
     event.preventDefault();     // the browser would leave the page and show the file
     document.querySelector('main').classList.toggle('dropping', kind === 'dragover');
     if (kind !== 'drop') return;
-    const [file] = event.dataTransfer.files;
-    if (file) openFile(file);
-    else if (!element('controls').disabled) showProblem('Drop a file: this was a link or text.');
+    const {files} = event.dataTransfer;
+    if (files.length === 1) openFile(files[0]);
+    else if (!element('controls').disabled) {
+      showProblem(files.length ? 'Drop one photo at a time.'
+                               : 'Drop a file: this was a link or text.');
+    }
   });
 }
 

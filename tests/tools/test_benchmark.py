@@ -31,6 +31,19 @@ def test_table_is_printed_and_written_as_json(tmp_path):
         assert row['what'] in done.stdout
 
 
+def test_row_of_times_has_medians_and_the_median_ratio():
+    row = benchmark.row_of_times('x', 'ms', 1, [1., 1.], [2., 2.])
+    assert row == benchmark.Row('x', 'ms', ours=1000, torchvision=2000, ratio=2)
+    # The ratios of the pairs are 2, 3 and 0.25, that of the medians is 1.
+    assert benchmark.row_of_times('x', 's', 1, [1, 2, 8], [2, 6, 2]).ratio == 2
+    assert benchmark.row_of_times('x', 's', 1, [3.]) == benchmark.Row('x', 's', ours=3)
+
+
+def test_units():
+    assert {unit: convert(0.5, 4) for unit, convert in benchmark.UNITS.items()} == {
+        'images/s': 8, 'ms/image': 125, 'ms': 500, 's': 0.5}
+
+
 @pytest.fixture
 def ready_items():
     return benchmark.ReadyItems(None)

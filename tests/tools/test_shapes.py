@@ -26,6 +26,17 @@ def test_files_are_in_voc_layout_with_the_drawn_boxes(tmp_path, capsys):
                           'difficulties': [difficult for _, _, difficult, _ in objects]}
 
 
+@pytest.mark.parametrize('n_train, n_test, message', [
+    (-5, 10, 'n_train is -5; give --n-train 0 or more'),
+    (10, -5, 'n_test is -5; give --n-test 0 or more'),
+])
+def test_negative_count_is_a_user_error(tmp_path, capsys, n_train, n_test, message):
+    with pytest.raises(SystemExit):
+        shapes.main(shapes.Parameters(str(tmp_path), n_train, n_test))
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_same_seed_draws_the_same_image():
     (image, objects), (same, same_objects), (other, _) = (
         shapes.draw_image(random.Random(seed)) for seed in ('0 1', '0 1', '1 1'))

@@ -12,6 +12,7 @@ import threading
 import urllib.parse
 
 import pytest
+from pdoc import doc
 from playwright.sync_api import expect, sync_playwright
 
 from model import SSD300
@@ -79,6 +80,18 @@ def test_markdown_is_rendered_as_on_github(tmp_path):
 def test_a_link_to_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r'page\.md: none\.md does not exist'):
         render('[x](none.md)', tmp_path)
+
+
+def test_names_have_the_places_where_they_are_defined():
+    places = site.places_of_names({name: doc.Module.from_name(name) for name in site.MODULES})
+    expected = {'model.py': '/model.py', 'SSD300': '/model.py#SSD300',
+                'model.decimate': '/model.py#decimate', 'train.main()': '/train.py#main',
+                'predict()': '/detect.py#predict',      # a class has a method of this name
+                'match()': '/model.py#MultiBoxLoss.match',
+                'MultiBoxLoss.match()': '/model.py#MultiBoxLoss.match'}
+    assert {name: places.get(name) for name in expected} == expected
+    # Defined in several modules, and in several classes of one.
+    assert not {'main()', 'Parameters', 'forward()'} & set(places)
 
 
 # --------------------------------------------------------------------------------------------------

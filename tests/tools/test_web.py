@@ -431,6 +431,11 @@ def test_photo_is_chosen_while_the_camera_starts(visit, address, tmp_path):
 
 
 NOTES = 'notes.txt', b'no image'
+DROP_TWO_AT_ONCE = """() => {
+  const dataTransfer = new DataTransfer();
+  for (const name of ['a.png', 'b.png']) dataTransfer.items.add(new File(['no image'], name));
+  document.dispatchEvent(new DragEvent('drop', {dataTransfer}));
+}"""
 
 
 def test_dropped_file_that_is_no_image_and_link(visit, address, tmp_path):
@@ -446,6 +451,20 @@ def test_dropped_file_that_is_no_image_and_link(visit, address, tmp_path):
     draw(300, 300).save(tmp_path / 'photo.png')
     upload(page, tmp_path / 'photo.png')
     expect(page.locator('#problem')).to_be_empty()
+
+
+def test_two_files_that_are_dropped_at_once(visit, address, tmp_path):
+    draw(300, 300).save(tmp_path / 'photo.png')
+    page = visit(address, script=COUNT_REQUESTS)
+    upload(page, tmp_path / 'photo.png')
+    n_requests = page.evaluate('counts.all')
+    page.evaluate(DROP_TWO_AT_ONCE)
+    expect(page.locator('#problem')).to_have_text('Drop one photo at a time.')
+    expect(page.locator('#result')).to_contain_text('300 × 300 pixels')     # still shown
+    assert page.evaluate('counts.all') == n_requests
+    drop(page, ('photo.png', (tmp_path / 'photo.png').read_bytes()))
+    expect(page.locator('#problem')).to_be_empty()
+    assert page.evaluate('counts.all') == n_requests + 1
 
 
 def test_photo_that_is_dropped_before_the_answer(visit, address, tmp_path):
@@ -476,6 +495,7 @@ def test_missing_or_broken_files(visit, plain_server, network, model, sentence):
     expect(page.locator('#camera')).to_be_disabled()
     expect(page.locator('#status')).to_be_empty()
     drop(page, NOTES)   # nothing reads it, so the sentence stays
+    page.evaluate(DROP_TWO_AT_ONCE)
     wait_for(page, '#problem', sentence)
     expect(page.locator('#result')).to_be_empty()
 
