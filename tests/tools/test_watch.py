@@ -281,7 +281,7 @@ def test_no_clip_is_dropped_at_the_end_of_a_connection(tmp_path, monkeypatch, ca
 
 @contextlib.contextmanager
 def signal_when(condition, signal_number):
-    """Send a signal to the watch of the block once a condition holds, or after 60 seconds."""
+    """Send a signal to the watch in the block once a condition holds, or after 60 seconds."""
     is_over = threading.Event()
 
     def wait():
@@ -351,8 +351,9 @@ def test_password_is_neither_printed_nor_written(run_main, tmp_path):
     ({'source': 'http://admin:secret@camera:x/?key=secret'}, 'http://camera:x/ is no valid URL'),
     ({'source': 'rtsp:///live'}, 'rtsp:///live is no valid URL'),
 ])
-def test_invalid_parameters_are_user_errors(run_main, video, options, message, capsys):
-    with pytest.raises(SystemExit):
+def test_invalid_parameters_are_user_errors(run_main, video, options, message, capsys, tmp_path):
+    with signal_when(lambda: '"camera lost"' in (tmp_path / 'log.jsonl').read_text(),
+                     signal.SIGTERM), pytest.raises(SystemExit):
         run_main(options.pop('source', video), **options)
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1 and 'secret' not in error
