@@ -53,7 +53,7 @@ class Worker:
     def submit(self, function, *args, is_limited=True):
         """Run a function in the thread, soon; if not `is_limited`, whatever number is waiting."""
         if is_limited and self.waiting.qsize() >= self.max_waiting:
-            self._report(f'{self.max_waiting} are waiting; this one is dropped')
+            self.report(f'{self.max_waiting} are waiting; this one is dropped')
         else:
             self.waiting.put((function, args))
 
@@ -64,8 +64,13 @@ class Worker:
         self.waiting.put(None)
         self.thread.join(NOTICE_SECONDS)
         if self.thread.is_alive():
-            self._report('not done yet, please wait')
+            self.report('not done yet, please wait')
             self.thread.join()
+
+    def report(self, text):
+        """Print a line, if the program that reads standard error has not ended."""
+        with contextlib.suppress(OSError):
+            print_error(f'{self.name}: {text}')
 
     def _run(self):
         """Run what is submitted."""
@@ -76,7 +81,7 @@ class Worker:
             else:
                 is_failing = not self._try(function, args)
         if n_skipped:
-            self._report(f'{n_skipped} were waiting; they are dropped')
+            self.report(f'{n_skipped} were waiting; they are dropped')
 
     def _try(self, function, args):
         """Call a function up to three times; returns whether it succeeded."""
@@ -85,15 +90,10 @@ class Worker:
                 function(*args)
                 return True
             except Exception as error:  # it must not end the thread
-                self._report(error)
+                self.report(error)
                 if pause is None or self.no_retries.wait(pause):
                     break
         return False
-
-    def _report(self, text):
-        """Print a line, if the program that reads standard error has not ended."""
-        with contextlib.suppress(OSError):
-            print_error(f'{self.name}: {text}')
 
 
 class Alarms:

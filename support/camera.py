@@ -23,8 +23,9 @@ from support.images import is_camera, is_live
 from support.video import AV_ERRORS, VideoReader, reason_of
 
 # Seconds between two connections. The pause doubles up to the last while connections are shorter
-# than it.
+# than it, unless a new size of the picture ends them: those connections work.
 FIRST_PAUSE, LAST_PAUSE = 1, 60
+NEW_SIZE = 'the picture has a new size'
 # How often a waiting thread looks whether it has to end, in seconds.
 POLL_SECONDS = 0.2
 
@@ -42,7 +43,7 @@ class View:
 
 @dataclasses.dataclass
 class Lost:
-    """A connection that could not be opened, or has ended."""
+    """A connection that could not be opened, has ended, or gives no frames."""
 
     problem: str
 
@@ -59,8 +60,8 @@ class RingReader(VideoReader):
         """Open a source; see VideoReader.
 
         Args:
-            timeout: seconds without data, or without a frame that can be decoded, after which a
-                network stream ends.
+            timeout: seconds without data after which a network stream ends; also seconds for which
+                packets of a live source may come without a frame that can be decoded.
             seconds: how long packets are kept at least.
         """
         self.is_live = is_live(str(source)) or isinstance(source, int)
@@ -71,7 +72,7 @@ class RingReader(VideoReader):
     def _packets(self):
         """Yield the packets of the pictures; once they are decoded, all are in the ring."""
         self.ring = self._make_ring()
-        self.decoded_at = time.monotonic()
+        self.undecoded_since = None     # arrival of the first packet since the last frame
         for packet in super()._packets():
             packet_time = self._register(packet)
             yield packet
@@ -85,7 +86,8 @@ class RingReader(VideoReader):
         """Return the time of a packet that has just been received, on the clock of the ring."""
         self.arrival = time.monotonic()
         if self.is_live:
-            if self.arrival > self.decoded_at + self.timeout:
+            self.undecoded_since = self.undecoded_since or self.arrival
+            if self.arrival > self.undecoded_since + self.timeout:
                 raise UserError(f'no frame could be decoded for {self.timeout:g} seconds')
             return self.arrival
         if packet.dts is not None:
@@ -105,11 +107,11 @@ class RingReader(VideoReader):
         """
         frames = super()._decode(packet)
         if frames:
-            self.decoded_at = self.arrival
+            self.undecoded_since = None
             size = frames[-1].width, frames[-1].height
             if self.size not in (None, size):
                 if self.is_live:
-                    raise UserError('the picture has a new size')
+                    raise UserError(NEW_SIZE)
                 self.ring.close()
                 self.ring = self._make_ring()
             self.size = size
@@ -130,7 +132,8 @@ class Camera:
 
         Args:
             source: a path, a URL or the number of a camera, as a string.
-            timeout, seconds: see RingReader.
+            timeout: see RingReader; also seconds without data after which a USB camera is lost.
+            seconds: see RingReader.
             fps: frames per second that are looked at, at most; None: as many as possible.
         """
         self.source = int(source) if is_camera(source) else source
@@ -146,6 +149,7 @@ class Camera:
         self.thread = threading.Thread(target=self._run, name='camera', daemon=True)
 
     def __enter__(self):
+        self.start = time.monotonic()
         self.thread.start()
         return self
 
@@ -158,9 +162,12 @@ class Camera:
     def read(self, stopped):
         """Yield a View of the newest frame, or Lost, until an event is set or a file has ended.
 
+        Lost is yielded once, however many connections fail until the next View.
+
         Raises:
             UserError: a file cannot be read, or not to its end.
         """
+        is_lost = False
         while not stopped.is_set():
             with self.changed:
                 self.changed.wait_for(lambda: self.newest or self.problem or self.has_ended,
@@ -168,20 +175,33 @@ class Camera:
                 newest, problem, has_ended = self.newest, self.problem, self.has_ended
                 self.newest = self.problem = None
                 self.changed.notify_all()
+            if newest is None and self._is_silent():
+                problem = problem or 'no data came in time'
             if problem is not None:
                 if not self.is_live:
                     raise UserError(f'{self.source}: {problem}')
-                yield Lost(problem)
+                if not is_lost:
+                    is_lost = True
+                    yield Lost(problem)
             if newest is not None:
                 frame, *times_and_ring = newest
                 try:
                     image = frame.image
                 except AV_ERRORS:   # a format that cannot be converted
                     continue
+                is_lost = False
                 yield View(image, *times_and_ring)
             elif has_ended:
                 assert not self.is_live, 'the thread of the camera has failed, see its traceback'
                 return
+
+    def _is_silent(self):
+        """Return whether a live source has sent no data for the timeout.
+
+        FFmpeg has no timeout for a USB camera: the thread may wait for its data forever.
+        """
+        arrival = self.start if self.reader is None else self.reader.arrival
+        return self.is_live and time.monotonic() > arrival + self.timeout
 
     def _run(self):
         """Read connections until the block ends, or a file once."""
@@ -196,7 +216,7 @@ class Camera:
                     self.changed.notify_all()
                 if not self.is_live:
                     return
-                if seconds > pause:
+                if seconds > pause or problem == NEW_SIZE:
                     pause = FIRST_PAUSE
                 self.is_closed.wait(pause)
                 pause = min(2 * pause, LAST_PAUSE)

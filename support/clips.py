@@ -66,6 +66,8 @@ class Ring:
         self.templates = {
             stream.index: self.container.add_stream_from_template(stream, opaque=True)
             for stream in known}
+        for stream in known:
+            copy_pixel_format(stream, self.templates[stream.index])
         self.suffix = choose_suffix({stream.codec_context.codec.canonical_name
                                      for stream in known})
 
@@ -86,18 +88,31 @@ class Ring:
                 return
             self.groups[-1].append(stored)
             self.n_bytes += packet.size
-            self._remove_old(time)
-            due = [request for request in self.requests if request[1] <= time]
-            self.requests = [request for request in self.requests if request[1] > time]
-            clips = [(function, self._collect(start, end)) for start, end, function in due]
-        for function, packets in clips:
-            function(packets)
+            clips = self._take_clips([request for request in self.requests if request[1] <= time])
+            clips += self._remove_old(time)
+        for function, *clip in clips:
+            function(*clip)
 
     def _remove_old(self, time):
-        """Remove packets before the last key frame that is older than needed; limit the bytes."""
+        """Remove packets before the last key frame that is older than needed; limit the bytes.
+
+        Returns:
+            The clips that begin in what is removed, see `_take_clips()`.
+        """
+        clips = []
         while self.n_bytes > MAX_RING_BYTES or (
                 len(self.groups) > 1 and self.groups[1][0].time <= time - self.seconds):
+            first_kept = self.groups[1][0].time if len(self.groups) > 1 else math.inf
+            due = [request for request in self.requests if request[0] < first_kept]
+            clips += self._take_clips(due, is_shortened=True)
             self.n_bytes -= sum(len(packet.content) for packet in self.groups.popleft())
+        return clips
+
+    def _take_clips(self, due, is_shortened=False):
+        """Remove some of the requests; returns their clips as (function, packets, is_shortened)."""
+        self.requests = [request for request in self.requests if request not in due]
+        return [(function, self._collect(start, end), is_shortened)
+                for start, end, function in due]
 
     def _collect(self, start, end):
         """Return the packets from the last key frame before `start`, or the first, to `end`."""
@@ -108,24 +123,27 @@ class Ring:
     def request(self, start, end, function):
         """Call a function with the packets between two times once the latter has come.
 
-        If the ring is closed before, it is called then, with the packets until then.
+        If the ring is closed before, or has no memory for more, it is called then, with the packets
+        until then.
+
+        Args:
+            start, end: seconds on the clock of the ring.
+            function: of the list of packets, and whether the memory has shortened it.
         """
         with self.lock:
             if not self.is_closed:
                 self.requests.append((start, end, function))
                 return
             packets = self._collect(start, end)
-        function(packets)
+        function(packets, False)
 
     def close(self):
         """Hand out the requested packets; none are added any more."""
         with self.lock:
             self.is_closed = True
-            clips = [(function, self._collect(start, end))
-                     for start, end, function in self.requests]
-            self.requests = []
-        for function, packets in clips:
-            function(packets)
+            clips = self._take_clips(self.requests)
+        for function, *clip in clips:
+            function(*clip)
 
 
 def choose_suffix(codecs):
@@ -137,6 +155,12 @@ def choose_suffix(codecs):
             if codecs <= container.supported_codecs:
                 return suffix
     return '.mkv'
+
+
+def copy_pixel_format(stream, copy):
+    """Copy the name of the pixels' format, which Matroska needs, of an uncompressed stream."""
+    if stream.codec_context.name == 'rawvideo':
+        copy.codec_context.codec_tag = stream.codec_context.codec_tag
 
 
 def write_clip(path, templates, packets):
@@ -155,6 +179,8 @@ def write_clip(path, templates, packets):
             copies = {index: output.add_stream_from_template(templates[index], opaque=True)
                       for index in sorted(used)
                       if templates[index].codec_context.name in output.supported_codecs}
+            for index, copy in copies.items():
+                copy_pixel_format(templates[index], copy)
             for stored, position in timed_from_zero(packets):
                 if stored.stream_index not in copies:
                     continue

@@ -10,10 +10,12 @@ one person leaves the zone while another enters it, both count as one occupation
 import collections
 import dataclasses
 import datetime
+import functools
 import math
 import os
 import pathlib
 import time
+import urllib.parse
 from typing import Literal
 
 import tyro
@@ -23,7 +25,7 @@ from detect import Detector, load_model, select_classes
 from model import VISUALIZATION
 from support.alarms import Alarms, Worker
 from support.camera import Camera, Lost
-from support.clips import write_clip
+from support.clips import MAX_RING_BYTES, write_clip
 from support.drawing import draw_objects
 from support.errors import (
     UserError,
@@ -32,7 +34,7 @@ from support.errors import (
     exit_on_user_error,
     make_folder,
 )
-from support.images import is_camera, is_live, print_error, redact, save_image
+from support.images import is_camera, is_live, is_stream, print_error, redact, save_image
 from support.onnx_network import check_parameters as check_onnx_parameters
 from support.processes import stop_on_signal
 
@@ -87,8 +89,9 @@ class Parameters:
 
     # --- the camera ---
 
-    # Seconds without data after which a network stream is lost.
-    timeout: float = 10.
+    # Seconds without data after which a camera is lost. A live playlist (HLS) has new data every 5
+    # to 10 seconds.
+    timeout: float = 30.
     # Look at this many frames per second at most; none: as many as possible, in a file all.
     fps: float | None = None
 
@@ -142,10 +145,22 @@ def check_parameters(p):
     if not is_live(p.source) and not os.path.isfile(p.source):
         raise UserError(f'{redact(p.source)} is no file; give a video file, the number of a camera '
                         f'or a URL (rtsp://..., http://...)')
+    if is_stream(p.source) and not is_valid_url(p.source):
+        raise UserError(f'{redact(p.source)} is no valid URL; give one as rtsp://HOST:554/PATH, '
+                        f'with special characters of a password as %XX, such as %5B for [')
     make_folder(pathlib.Path(p.log).parent)
     open(p.log, 'a').close()    # fails here, not at the first alarm
     if p.clips:
         make_folder(p.clips)
+
+
+def is_valid_url(url):
+    """Return whether a URL has a host and no invalid port."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:      # a port that is no number, or brackets around no IPv6 address
+        return False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,11 +295,10 @@ class Watch:
     def handle(self, item):
         """Handle a View or a Lost of `Camera.read()`."""
         if isinstance(item, Lost):
-            if not self.is_lost:
-                self.is_lost = True
-                now = time.monotonic()
-                self.send('camera lost', now, reason=item.problem)
-                self.occupation.update(now, is_occupied=False)
+            self.is_lost = True
+            now = time.monotonic()
+            self.send('camera lost', now, reason=item.problem)
+            self.occupation.update(now, is_occupied=False)
             return
         if self.is_lost:
             self.is_lost = False
@@ -309,9 +323,7 @@ class Watch:
             snapshot = self.save_snapshot(view.image, objects, self.folder / f'{stem}.jpg')
             clip = self.folder / f'{stem}{view.ring.suffix}'
             view.ring.request(view.time - self.before, view.time + self.after,
-                              lambda packets: self.clips.submit(
-                                  write_clip, clip, view.ring.templates, packets,
-                                  is_limited=not view.ring.is_closed))
+                              functools.partial(self.save_clip, view.ring, clip))
         self.send('alarm', view.arrival, seen=describe(counts), counts=counts,
                   labels=objects['labels'],
                   scores=[round(score, 4) for score in objects['scores'].tolist()],
@@ -333,6 +345,15 @@ class Watch:
             print_error(f'snapshot: {error}')
             return None
         return path
+
+    def save_clip(self, ring, path, packets, is_shortened):
+        """Let the thread of the clips write packets of a ring."""
+        self.clips.submit(write_clip, path, ring.templates, packets,
+                          is_limited=not ring.is_closed)
+        if is_shortened:
+            seconds = packets[-1].time - packets[0].time
+            self.clips.report(f'{path} is shortened to {seconds:.1f} seconds, more would take over '
+                              f'{MAX_RING_BYTES // 2 ** 20} MB; give a shorter --before or --after')
 
     def send(self, event, moment, **more):
         """Send an event of a time.monotonic()."""

@@ -5,13 +5,14 @@ import io
 import itertools
 import random
 import threading
+import types
 
 import av
 import pytest
 from PIL import Image
 
 from support import camera
-from support.camera import Camera, Lost
+from support.camera import Camera, Lost, RingReader
 from support.errors import UserError
 
 COLORS = ('red', 'lime', 'blue')
@@ -29,28 +30,53 @@ def color_of(view):
     return COLORS[pixel.index(max(pixel))]
 
 
-def send_forever(part):
-    """Return a script of a server that sends the same frame again and again."""
+class Clock:
+    """The module `time` with a clock that only the test, or each look at it, advances."""
+
+    def __init__(self, step=0.):
+        self.seconds, self.step = 100., step
+
+    def monotonic(self):
+        """Return the time."""
+        self.seconds += self.step
+        return self.seconds
+
+
+def send_until(event, part):
+    """Return a script of a server that sends the same frame until an event is set."""
     def script(send, is_closed):
-        while not is_closed.wait(0.02):
+        while not (event.is_set() or is_closed.wait(0.02)):
             send(part)
     return script
 
 
-def read_until(url, is_last, timeout=5.):
-    """Return the items of a camera up to the first one that `is_last` is true of."""
-    items = []
+def send_forever(part):
+    """Return a script of a server that sends the same frame again and again."""
+    return send_until(threading.Event(), part)
+
+
+def read_until(url, last, seen=(), timeout=30.):
+    """Return what a camera yields, up to the first frame of a color.
+
+    Args:
+        url: of the camera.
+        last: name of the color.
+        seen: {name of a color: event that its first frame sets}.
+        timeout: see Camera.
+
+    Returns:
+        The items, and the problems and names of colors, without repetition.
+    """
+    items, names = [], []
     with Camera(url, timeout, fps=None, seconds=1) as source:
         for item in source.read(threading.Event()):
             items.append(item)
-            if is_last(item):
-                return items
-    return None
-
-
-def is_color(name):
-    """Return a function that tells whether an item is a frame of a color."""
-    return lambda item: not isinstance(item, Lost) and color_of(item) == name
+            names.append(item.problem if isinstance(item, Lost) else color_of(item))
+            if names[-1] in seen:
+                seen[names[-1]].set()
+            if names[-1] == last:
+                break
+    return items, [name for name, _ in itertools.groupby(names)]
 
 
 def test_only_the_newest_frame_is_looked_at(make_camera, jpeg_part):
@@ -66,12 +92,12 @@ def test_only_the_newest_frame_is_looked_at(make_camera, jpeg_part):
         send(jpeg_part('blue'))
         is_closed.wait(10)
 
-    with Camera(make_camera(script), 5., fps=None, seconds=1) as source:
+    with Camera(make_camera(script), 60., fps=None, seconds=1) as source:
         views = source.read(threading.Event())
         assert color_of(next(views)) == 'red'
         go_on.set()
         n_green = 0
-        while not is_color('blue')(view := next(views)):
+        while color_of(view := next(views)) != 'blue':
             n_green += color_of(view) == 'lime'
             threading.Event().wait(0.3)     # a slow network
         assert n_green < 10
@@ -79,48 +105,162 @@ def test_only_the_newest_frame_is_looked_at(make_camera, jpeg_part):
 
 
 def test_disconnected_camera_is_opened_again(make_camera, jpeg_part):
-    def short(send, is_closed):
+    seen = {'red': threading.Event(), 'lime': threading.Event()}
+    url = make_camera(send_until(seen['red'], jpeg_part('red')),
+                      send_until(seen['lime'], jpeg_part('lime')), send_forever(jpeg_part('blue')))
+    _, names = read_until(url, 'blue', seen)
+    assert names[::2] == ['red', 'lime', 'blue'] and len(names) == 5    # lost in between
+
+
+def test_frame_of_a_lost_connection_is_dropped(make_camera, jpeg_part, monkeypatch):
+    """Nobody looks while the first connection has frames, and ends."""
+    has_ended, go_on = threading.Event(), threading.Event()
+
+    def first(send, is_closed):
         for _ in range(4):
             send(jpeg_part('red'))
 
-    items = read_until(make_camera(short, short, send_forever(jpeg_part('blue'))),
-                       is_color('blue'))
-    assert sum(isinstance(item, Lost) for item in items) == 2
+    def second(send, is_closed):
+        go_on.wait(60)
+        send_forever(jpeg_part('blue'))(send, is_closed)
+
+    source = Camera(make_camera(first, second), 60., fps=None, seconds=1)
+    monkeypatch.setattr(source.is_closed, 'wait', lambda pause: has_ended.set())
+    with source:
+        assert has_ended.wait(60) and source.reader is not None     # there was a frame
+        items = source.read(threading.Event())
+        assert isinstance(next(items), Lost)
+        go_on.set()
+        assert color_of(next(items)) == 'blue'
+
+
+def record_pauses(monkeypatch, source, n):
+    """Return the first n pauses between connections of a Camera, none of which is waited for."""
+    pauses, is_done = [], threading.Event()
+
+    def wait(pause):
+        pauses.append(pause)
+        if len(pauses) == n:
+            source.is_closed.set()
+            is_done.set()
+
+    monkeypatch.setattr(source.is_closed, 'wait', wait)
+    with source:
+        assert is_done.wait(60)
+    return pauses
+
+
+def test_long_connection_shortens_the_pauses_again(make_camera, jpeg_part, monkeypatch):
+    monkeypatch.setattr(camera, 'FIRST_PAUSE', 1e-9)
+
+    def failed(send, is_closed):
+        """Send nothing."""
+
+    def longer_than_the_pause(send, is_closed):
+        for _ in range(4):
+            send(jpeg_part('red'))
+
+    source = Camera(make_camera(failed, failed, longer_than_the_pause, failed), 60., None, 1)
+    assert record_pauses(monkeypatch, source, 5) == [1e-9, 2e-9, 1e-9, 2e-9, 4e-9]
+
+
+def test_new_sizes_do_not_lengthen_the_pauses(make_camera, jpeg_part, monkeypatch):
+    """These connections work, however short they are."""
+    monkeypatch.setattr(camera, 'FIRST_PAUSE', 1000)
+    monkeypatch.setattr(camera, 'LAST_PAUSE', 10 ** 6)
+
+    def script(send, is_closed):
+        for _ in range(4):
+            send(jpeg_part('red'))
+        send_forever(jpeg_part('blue', (96, 72)))(send, is_closed)
+
+    source = Camera(make_camera(script), 60., None, 1)
+    assert record_pauses(monkeypatch, source, 3) == [1000, 1000, 1000]
+    assert source.problem == 'the picture has a new size'
+
+
+def test_frames_after_a_pause_are_decoded(make_camera, jpeg_part, monkeypatch):
+    """The segments of a playlist come 10 seconds apart."""
+    monkeypatch.setattr(camera, 'time', clock := Clock())
+    url = make_camera(send_forever(jpeg_part('red')))
+    with RingReader(url, timeout=30., seconds=1) as reader:
+        for _ in itertools.islice(reader, 5):
+            clock.seconds += 40
+
+
+def test_camera_that_hangs_is_lost_once_and_back(monkeypatch):
+    """FFmpeg waits for a USB camera forever."""
+    go_on, is_over = threading.Event(), threading.Event()
+
+    class HangingReader:
+        problem, ring = None, types.SimpleNamespace(close=lambda: None)
+
+        def __init__(self, source, timeout, seconds):
+            assert source == 0
+            self.arrival = clock.seconds
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            """Nothing is open."""
+
+        def __iter__(self):
+            for color, event in (('red', go_on), ('blue', is_over)):
+                self.arrival = clock.seconds
+                yield types.SimpleNamespace(image=Image.new('RGB', (64, 48), color))
+                event.wait(60)
+
+    n_looks = 0
+
+    def is_set():
+        nonlocal n_looks
+        n_looks += 1
+        if n_looks == 10:   # several looks after the loss
+            go_on.set()
+
+    monkeypatch.setattr(camera, 'time', clock := Clock())
+    monkeypatch.setattr(camera, 'RingReader', HangingReader)
+    with Camera('0', 30., fps=None, seconds=1) as source:
+        items = source.read(types.SimpleNamespace(is_set=is_set))
+        assert color_of(next(items)) == 'red'
+        clock.seconds += 31
+        assert next(items) == Lost('no data came in time')
+        assert color_of(next(items)) == 'blue' and n_looks >= 10
+        is_over.set()
 
 
 def test_stalled_camera_is_opened_again(make_camera, jpeg_part):
-    def stall(send, is_closed):
-        for _ in range(4):
-            send(jpeg_part('red'))
-        is_closed.wait(20)
+    seen = {'red': threading.Event()}
 
-    items = read_until(make_camera(stall, send_forever(jpeg_part('blue'))), is_color('blue'), 0.5)
-    assert [item.problem for item in items if isinstance(item, Lost)] == ['no data came in time']
+    def stall(send, is_closed):
+        send_until(seen['red'], jpeg_part('red'))(send, is_closed)
+        is_closed.wait(60)
+
+    url = make_camera(stall, send_forever(jpeg_part('blue')))
+    assert read_until(url, 'blue', seen, timeout=3.)[1] == ['red', 'no data came in time', 'blue']
 
 
 def test_pauses_between_failed_connections_grow(monkeypatch):
-    pauses = []
-    source = Camera('http://127.0.0.1:9/closed', 1., fps=None, seconds=1)
+    source = Camera('http://127.0.0.1:9/closed', 60., fps=None, seconds=1)
     monkeypatch.setattr(camera, 'LAST_PAUSE', 0.4)
-    monkeypatch.setattr(source.is_closed, 'wait', pauses.append)
-    with source:
-        for item in source.read(threading.Event()):
-            assert isinstance(item, Lost) and 'refused' in item.problem
-            if len(pauses) > 5:
-                break
-    assert pauses[:6] == [0.05, 0.1, 0.2, 0.4, 0.4, 0.4]
+    assert record_pauses(monkeypatch, source, 6) == [0.05, 0.1, 0.2, 0.4, 0.4, 0.4]
+    assert 'refused' in source.problem
 
 
 def test_garbage_does_not_end_the_watch(make_camera, jpeg_part):
     rng = random.Random(0)
     part = jpeg_part('red')
+    called = []
 
     def garbage(send, is_closed):
+        called.append('garbage')
         for _ in range(4):
             send(part)
         send(rng.randbytes(5000))
 
     def broken_frames(send, is_closed):
+        called.append('broken frames')
         for _ in range(4):
             send(part)
         for _ in range(20):
@@ -131,14 +271,25 @@ def test_garbage_does_not_end_the_watch(make_camera, jpeg_part):
         send(part[:len(part) // 2])
 
     def garbage_only(send, is_closed):
+        called.append('garbage only')
         send(rng.randbytes(20000))
 
-    items = read_until(make_camera(garbage, broken_frames, garbage_only,
-                                   send_forever(jpeg_part('blue'))), is_color('blue'))
-    assert sum(isinstance(item, Lost) for item in items) >= 3
+    url = make_camera(garbage, broken_frames, garbage_only, send_forever(jpeg_part('blue')))
+    items, _ = read_until(url, 'blue')
+    assert called == ['garbage', 'broken frames', 'garbage only']
+    assert any(isinstance(item, Lost) for item in items)
 
 
-def test_camera_without_a_frame_that_can_be_decoded_is_lost(make_camera, jpeg_part):
+def read_all(url, monkeypatch):
+    """Read frames, one second between two packets, until none could be decoded for 60 seconds."""
+    monkeypatch.setattr(camera, 'time', Clock(step=1.))
+    with RingReader(url, timeout=60., seconds=1) as reader:
+        with pytest.raises(UserError, match='no frame could be decoded for 60 seconds'):
+            list(reader)
+    return reader
+
+
+def test_camera_without_a_frame_that_can_be_decoded_is_lost(make_camera, jpeg_part, monkeypatch):
     """Data arrive, so that no timeout of the network ends it."""
     empty = (b'--frame\r\nContent-Type: image/jpeg\r\nContent-Length: 4\r\n\r\n'
              b'\xff\xd8\xff\xd9\r\n')
@@ -146,16 +297,13 @@ def test_camera_without_a_frame_that_can_be_decoded_is_lost(make_camera, jpeg_pa
     def script(send, is_closed):
         for _ in range(4):
             send(jpeg_part('red'))
-        while not is_closed.wait(0.02):
+        for _ in range(500):
             send(empty)
 
-    items = read_until(make_camera(script, send_forever(jpeg_part('blue'))), is_color('blue'), 0.5)
-    problem, = [item.problem for item in items if isinstance(item, Lost)]
-    # The second, if this computer is too busy to send the sound in time.
-    assert 'no frame could be decoded' in problem or 'no data came in time' in problem
+    read_all(make_camera(script), monkeypatch)
 
 
-def test_camera_with_sound_but_without_frames_is_lost(make_camera, jpeg_part):
+def test_camera_with_sound_but_without_frames_is_lost(make_camera, monkeypatch):
     """Its sound continues, which must not fill the memory either."""
     content = io.BytesIO()
     with av.open(content, 'w', format='mpegts') as container:
@@ -173,30 +321,22 @@ def test_camera_with_sound_but_without_frames_is_lost(make_camera, jpeg_part):
             container.mux(audio.encode(samples))
 
     def script(send, is_closed):
-        data = content.getvalue()
-        for start in range(0, len(data), 188 * 5):
-            send(data[start:start + 188 * 5])
-            is_closed.wait(0.02)
+        send(content.getvalue())
 
-    items = read_until(make_camera(script, send_forever(jpeg_part('blue'))), is_color('blue'), 1.)
-    problem, = [item.problem for item in items if isinstance(item, Lost)]
-    # The second, if this computer is too busy to send the sound in time.
-    assert 'no frame could be decoded' in problem or 'no data came in time' in problem
+    assert not read_all(make_camera(script), monkeypatch).audio_packets
 
 
 def test_new_size_of_a_camera_is_a_new_connection(make_camera, jpeg_part):
     """So that the clips, whose streams are those of the connection, have it in their header."""
+    seen = {'red': threading.Event()}
     large = send_forever(jpeg_part('blue', (96, 72)))
 
     def script(send, is_closed):
-        for _ in range(20):
-            send(jpeg_part('red'))
-            is_closed.wait(0.02)
+        send_until(seen['red'], jpeg_part('red'))(send, is_closed)
         large(send, is_closed)
 
-    items = read_until(make_camera(script, large), is_color('blue'))
-    problem, = [item.problem for item in items if isinstance(item, Lost)]
-    assert problem == 'the picture has a new size' and items[0].ring.is_closed
+    items, names = read_until(make_camera(script, large), 'blue', seen)
+    assert names == ['red', 'the picture has a new size', 'blue'] and items[0].ring.is_closed
     stream, = items[-1].ring.templates.values()
     assert (stream.width, stream.height) == items[-1].image.size == (96, 72)
 

@@ -52,6 +52,14 @@ def fill(video, seconds, requests=(), n_times=1, is_timed=True):
     return ring
 
 
+def store_in(handed_out):
+    """Return a function that stores the packets of a clip, which the memory must not shorten."""
+    def store(packets, is_shortened):
+        assert not is_shortened
+        handed_out.append(packets)
+    return store
+
+
 def read(path):
     """Return the times of the pictures and of the packets of sound; all pictures are intact."""
     with av.open(str(path)) as container:
@@ -69,7 +77,7 @@ def read(path):
 @pytest.mark.parametrize('suffix', ['.mp4', '.mkv'])
 def test_clip_begins_at_the_key_frame_before_and_has_the_sound(video, tmp_path, suffix):
     handed_out = []
-    ring = fill(video, 5, [(3.5, 6, handed_out.append)])
+    ring = fill(video, 5, [(3.5, 6, store_in(handed_out))])
     assert ring.suffix == '.mp4'
     write_clip(tmp_path / f'clip{suffix}', ring.templates, *handed_out)
     pictures, sound = read(tmp_path / f'clip{suffix}')
@@ -84,7 +92,7 @@ def test_clip_begins_at_the_key_frame_before_and_has_the_sound(video, tmp_path, 
 def test_times_that_begin_again_rise_in_the_clip(video, tmp_path):
     """As after a camera's restart: from second 8 of the first round to second 2 of the next."""
     handed_out = []
-    ring = fill(video, 6, [(8, 12, handed_out.append)], n_times=2)
+    ring = fill(video, 6, [(8, 12, store_in(handed_out))], n_times=2)
     write_clip(tmp_path / 'clip.mp4', ring.templates, *handed_out)
     pictures, sound = read(tmp_path / 'clip.mp4')
     assert len(pictures) == pytest.approx(40, abs=3) and pictures == sorted(set(pictures))
@@ -92,9 +100,9 @@ def test_times_that_begin_again_rise_in_the_clip(video, tmp_path):
     assert sound[-1] == pytest.approx(4, abs=0.4)
 
 
-def packet(time, dts):
+def packet(time, dts, stream_index=0):
     """Return an empty packet that arrived at a time, with its own time in hundredths."""
-    return StoredPacket(b'', 0, True, dts, dts, Fraction(1, 100), 0, time)
+    return StoredPacket(b'', stream_index, True, dts, dts, Fraction(1, 100), 0, time)
 
 
 def test_arrivals_replace_missing_times():
@@ -117,6 +125,15 @@ def test_bursts_do_not_lengthen_a_clip():
     assert positions == pytest.approx([0.04 * i for i in range(600)])
 
 
+def test_sound_before_the_key_frame_is_left_out():
+    """It comes after the key frame, but by its time it is earlier."""
+    packets = [packet(7, 500), packet(7, 450, stream_index=1), packet(7, 499, stream_index=1),
+               packet(7.1, 504), packet(7.1, 503, stream_index=1)]
+    pairs = list(timed_from_zero(packets))
+    assert [stored for stored, _ in pairs] == [packets[0], *packets[3:]]
+    assert [position for _, position in pairs] == pytest.approx([0, 0.04, 0.03])
+
+
 def test_ring_is_bounded_in_seconds_and_in_bytes(video, monkeypatch):
     ring = fill(video, 2)
     assert [group[0].time for group in ring.groups] == pytest.approx([7.8, 8.8], abs=0.01)
@@ -129,13 +146,30 @@ def test_ring_is_bounded_in_seconds_and_in_bytes(video, monkeypatch):
     assert fill(video, 100).n_bytes <= 100
 
 
+def test_clip_that_exceeds_the_memory_is_handed_out_before_its_start_is_removed(
+        video, monkeypatch):
+    """The memory holds two to three seconds, the second clip is whole within it."""
+    n_bytes = fill(video, 100).n_bytes
+    monkeypatch.setattr(clips, 'MAX_RING_BYTES', 0.3 * n_bytes)
+    handed_out = []
+    fill(video, 100, [(3.5, 9, lambda *clip: handed_out.append(clip)),
+                      (6.5, 7.5, lambda *clip: handed_out.append(clip))])
+    (long, long_is_shortened), (short, short_is_shortened) = handed_out
+    assert long_is_shortened and not short_is_shortened
+    # The key frames are at 2.8, 3.8, ... seconds.
+    assert long[0].is_keyframe and long[0].time == pytest.approx(2.8, abs=0.01)
+    assert 4.8 < long[-1].time < 6.5
+    assert short[0].time == pytest.approx(5.8, abs=0.01)
+    assert short[-1].time == pytest.approx(7.5, abs=0.1)
+
+
 def test_closed_ring_hands_out_what_has_come(video, tmp_path):
     """The last clip of a watch, or of a connection."""
     handed_out = []
-    ring = fill(video, 5, [(9, 20, handed_out.append)])
+    ring = fill(video, 5, [(9, 20, store_in(handed_out))])
     assert not handed_out
     ring.close()
-    ring.request(9, 20, handed_out.append)
+    ring.request(9, 20, store_in(handed_out))
     assert len(handed_out) == 2 and len(handed_out[0]) == len(handed_out[1]) > 10
 
 
@@ -156,7 +190,7 @@ def test_codecs_choose_the_format(tmp_path):
         container.mux(audio.encode())
     handed_out = []
     ring = fill(path, 5, is_timed=False)
-    ring.request(0, 9, handed_out.append)
+    ring.request(0, 9, store_in(handed_out))
     ring.close()
     assert ring.suffix == '.mov' and choose_suffix({'mjpeg'}) == '.mkv'
     assert choose_suffix({'hevc', 'aac'}) == choose_suffix({'h264'}) == '.mp4'
@@ -164,11 +198,39 @@ def test_codecs_choose_the_format(tmp_path):
     pictures, sound = read(tmp_path / 'clip.mov')
     assert len(pictures) == sum(packet.stream_index == 0 for packet in handed_out[0]) > 40
     assert len(sound) == sum(packet.stream_index == 1 for packet in handed_out[0]) > 40
+    # mp4 cannot hold this sound.
+    write_clip(tmp_path / 'clip.mp4', ring.templates, *handed_out)
+    assert read(tmp_path / 'clip.mp4') == (pytest.approx(pictures, abs=0.01), [])
+
+
+def test_clip_of_a_camera_without_compression(tmp_path):
+    """Matroska needs the name of its pixels' format."""
+    path = tmp_path / 'a.nut'
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('rawvideo', rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuyv422'
+        for i in range(21):
+            gray = torch.full((48, 64, 3), 10 * i, dtype=torch.uint8).numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray).reformat(
+                format='yuyv422')))
+        container.mux(stream.encode())
+    handed_out = []
+    ring = fill(path, 5)
+    ring.request(0, 9, store_in(handed_out))
+    ring.close()
+    assert ring.suffix == '.mkv'
+    write_clip(tmp_path / 'clip.mkv', ring.templates, *handed_out)
+    with av.open(str(tmp_path / 'clip.mkv')) as container:
+        frames = list(container.decode(video=0))
+    assert {frame.format.name for frame in frames} == {'yuyv422'}
+    assert [frame.time for frame in frames] == pytest.approx([i / 10 for i in range(21)], abs=0.01)
+    assert [frame.to_ndarray(format='rgb24').mean() for frame in frames] == pytest.approx(
+        [10 * i for i in range(21)], abs=4)
 
 
 def test_clip_that_cannot_be_written_is_user_error(video, tmp_path):
     ring, handed_out = fill(video, 5), []
-    ring.request(8, 10, handed_out.append)
+    ring.request(8, 10, store_in(handed_out))
     ring.close()
     with pytest.raises(UserError, match=r'no/clip\.mp4 cannot be written'):
         write_clip(tmp_path / 'no' / 'clip.mp4', ring.templates, *handed_out)

@@ -1,12 +1,17 @@
 """The watch: its rule with literal numbers, and main() with a file and with a camera over HTTP.
 
-In place of a network, whoever is red in the middle of the picture is a person.
+Instead of a network's detections, whoever is red in the middle of the picture is a person.
 """
 
+import contextlib
+import inspect
 import json
 import math
 import os
+import pathlib
+import shutil
 import signal
+import subprocess
 import threading
 import time
 import types
@@ -16,8 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
-from support import alarms, camera
+from support import alarms, camera, clips
 from support.errors import UserError
+from support.video import VideoReader
 from tools import watch
 from tools.watch import (
     Occupation,
@@ -30,10 +36,10 @@ from tools.watch import (
 
 
 class RedDetector:
-    """In place of a Detector: a red image has a person, whose feet are at (0.5, 0.9)."""
+    """Instead of a Detector: a red image has a person, whose feet are at (0.5, 0.9)."""
 
-    def __init__(self, model, batch_size, names, min_score, max_overlap, top_k, precision):
-        self.names, self.colors = names, {'person': '#ff0000', 'dog': '#0000ff'}
+    def __init__(self, *arguments):
+        self.colors = {'person': '#ff0000', 'dog': '#0000ff'}
 
     def predict(self, images):
         """Return the prediction of one image."""
@@ -171,9 +177,22 @@ def video(tmp_path):
     return path
 
 
-def test_alarm_of_a_file(run_main, video, tmp_path):
-    (event,), error = run_main(video, seconds=2., before=3., after=1.5,
+def test_alarm_of_a_file(run_main, video, tmp_path, monkeypatch):
+    made = []
+
+    def record(kind):
+        """Return a function that makes an object of a class, and stores the arguments."""
+        def make(*arguments):
+            made.append(arguments)
+            return kind(*arguments)
+        return make
+
+    monkeypatch.setattr(watch, 'Detector', record(RedDetector))
+    monkeypatch.setattr(watch, 'Camera', record(camera.Camera))
+    (event,), error = run_main(video, seconds=2., before=3., after=1.5, min_score=0.3,
+                               max_overlap=0.6, precision='float32', timeout=7.,
                                run=f"sh -c 'cat > {tmp_path}/json'")
+    assert made == [(Model, 1, {'person'}, 0.3, 0.6, 200, 'float32'), (str(video), 7., None, 9.5)]
     assert (event['event'], event['seen'], event['counts']) == ('alarm', '1 person', {'person': 1})
     assert event['source'] == str(video) and event['time'].endswith('+00:00')
     assert event['labels'] == ['person'] and event['scores'] == [0.875]
@@ -189,11 +208,32 @@ def test_alarm_of_a_file(run_main, video, tmp_path):
     n_blue = sum(blue > red for red, _, blue in colors)
     assert n_blue == pytest.approx(10, abs=5) and len(colors) == pytest.approx(45, abs=5)
     assert 'when person is in the zone for 2 seconds' in error and 'not the same person' in error
-    assert '120 frames' in error
+    assert f'{video}: 120 frames in ' in error
 
 
-def test_zone_and_class_without_anyone(run_main, video):
-    assert run_main(video, zone=('0,0', '1,0', '1,0.5', '0,0.5'))[0] == []
+def test_zone_without_anyone(run_main, video):
+    events, error = run_main(video, zone=('0,0', '1,0', '1,0.5', '0,0.5'), fps=4.)
+    # Of 12 seconds; the second frame is the only one that comes early.
+    assert events == [] and f'{video}: 49 frames in ' in error
+
+
+def test_default_timeout_is_that_of_other_videos():
+    """Enough for a live playlist, whose segments may come 10 seconds apart."""
+    assert Parameters('0').timeout == inspect.signature(VideoReader).parameters['timeout'].default
+    assert Parameters('0').timeout == 30
+
+
+def test_clip_that_the_memory_shortens_is_named(run_main, video, monkeypatch):
+    with av.open(str(video)) as container:
+        n_bytes = sum(packet.size for packet in container.demux())
+    monkeypatch.setattr(clips, 'MAX_RING_BYTES', n_bytes // 3)
+    (event,), error = run_main(video, seconds=2., before=1., after=10.)
+    assert f"clip: {event['clip']} is shortened to " in error and '--after' in error
+    with av.open(event['clip']) as clip:
+        frames = list(clip.decode(video=0))
+    assert 20 < len(frames) < 60    # of 70
+    red, _, blue = frames[10].to_image().getpixel((5, 5))
+    assert red > 200 and blue < 100     # the alarm, 1 second after the start of the clip
 
 
 def test_watch_goes_on_without_its_folder(run_main, video, tmp_path, monkeypatch):
@@ -233,31 +273,54 @@ def test_no_clip_is_dropped_at_the_end_of_a_connection(tmp_path, monkeypatch, ca
         watched.handle(camera.View(image.copy(), i, time.monotonic(), False, ring))
     ring.is_closed = True
     for i, function in enumerate(requests):
-        function(i)
+        function(i, False)
     go_on.set()
     watched.close(is_interrupted=False)
     assert written == [0, 1, 2, 3, 4, 5] and 'dropped' not in capsys.readouterr().err
 
 
+@contextlib.contextmanager
+def signal_when(condition, signal_number):
+    """Send a signal to the watch in the block once a condition holds, or after 60 seconds."""
+    is_over = threading.Event()
+
+    def wait():
+        deadline = time.monotonic() + 60
+        while not (condition() or time.monotonic() > deadline or is_over.wait(0.03)):
+            pass
+        if not is_over.is_set():
+            os.kill(os.getpid(), signal_number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def test_camera_is_lost_and_back_and_sigterm_ends_the_watch(
         run_main, make_camera, jpeg_part, tmp_path):
     """The person stands there before the camera is lost and after: for a second occupation."""
+    def count_alarms():
+        return (tmp_path / 'log.jsonl').read_text().count('"alarm"')
+
     def first(send, is_closed):
-        for _ in range(20):
+        for _ in range(10):     # more than the clip must have
             send(jpeg_part('red'))
-            is_closed.wait(0.03)
+        while count_alarms() == 0 and not is_closed.wait(0.03):
+            send(jpeg_part('red'))
 
     def second(send, is_closed):
+        for _ in range(10):
+            send(jpeg_part('red', (96, 72)))
         while not is_closed.wait(0.03):
             send(jpeg_part('red', (96, 72)))
-            if (tmp_path / 'log.jsonl').read_text().count('"alarm"') == 2:
-                time.sleep(0.1)
-                os.kill(os.getpid(), signal.SIGTERM)
-                break
-        is_closed.wait(10)
 
-    events, error = run_main(make_camera(first, second), seconds=0.2, gap=0., cooldown=0.,
-                             before=60., after=60., timeout=5.)
+    with signal_when(lambda: count_alarms() == 2, signal.SIGTERM):
+        events, error = run_main(make_camera(first, second), seconds=0.2, gap=0., cooldown=0.,
+                                 before=60., after=60.)
     assert [event['event'] for event in events] == ['alarm', 'camera lost', 'camera back', 'alarm']
     assert events[1]['reason'] and 'frames in' in error
     # The first clip ends with the connection, the second one with the watch.
@@ -269,13 +332,9 @@ def test_camera_is_lost_and_back_and_sigterm_ends_the_watch(
 
 def test_password_is_neither_printed_nor_written(run_main, tmp_path):
     """The camera refuses the connection."""
-    def stop():
-        while '"camera lost"' not in (tmp_path / 'log.jsonl').read_text():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=stop, daemon=True).start()
-    (event,), error = run_main('rtsp://admin:secret@127.0.0.1:9/live')
+    with signal_when(lambda: '"camera lost"' in (tmp_path / 'log.jsonl').read_text(),
+                     signal.SIGINT):
+        (event,), error = run_main('rtsp://admin:secret@127.0.0.1:9/live')
     assert event['source'] == 'rtsp://127.0.0.1:9/live' and 'refused' in event['reason']
     assert 'secret' not in error + json.dumps(event)
 
@@ -287,9 +346,27 @@ def test_password_is_neither_printed_nor_written(run_main, tmp_path):
     ({'classes': ('cat',)}, 'no class is named cat; the model has person, dog'),
     ({'log': '.'}, ": '.'"), ({'run': 'no-such-program'}, 'no such program'),
     ({'webhook': 'ftp://x'}, '--webhook ftp://x'),
+    ({'source': 'rtsp://admin:secret@[bad/'}, 'rtsp://[bad/ is no valid URL'),
+    ({'source': 'rtsp://admin:secret@camera:80000/'}, 'rtsp://camera:80000/ is no valid URL'),
+    ({'source': 'http://admin:secret@camera:x/?key=secret'}, 'http://camera:x/ is no valid URL'),
+    ({'source': 'rtsp:///live'}, 'rtsp:///live is no valid URL'),
 ])
-def test_invalid_parameters_are_user_errors(run_main, video, options, message, capsys):
-    with pytest.raises(SystemExit):
+def test_invalid_parameters_are_user_errors(run_main, video, options, message, capsys, tmp_path):
+    with signal_when(lambda: '"camera lost"' in (tmp_path / 'log.jsonl').read_text(),
+                     signal.SIGTERM), pytest.raises(SystemExit):
         run_main(options.pop('source', video), **options)
     error = capsys.readouterr().err
-    assert message in error and error.count('\n') == 1
+    assert message in error and error.count('\n') == 1 and 'secret' not in error
+
+
+@pytest.mark.skipif(shutil.which('jq') is None, reason='jq is not installed')
+def test_command_of_the_documentation(tmp_path):
+    text = pathlib.Path(__file__).parents[2].joinpath('docs', 'watch.md').read_text()
+    script = '#!/bin/sh\n' + text.split('#!/bin/sh\n')[1].split('```')[0]
+    for event in ({'event': 'alarm', 'time': '12:00', 'seen': '1 dog'},
+                  {'event': 'camera lost', 'time': '12:01', 'reason': 'refused'},
+                  {'event': 'camera back', 'time': '12:02'}):
+        subprocess.run(['sh', '-c', script, 'alarm.sh', tmp_path / 'siren'],
+                       input=json.dumps(event), text=True, check=True)
+    assert (tmp_path / 'siren.txt').read_text().splitlines() == [
+        '12:00 alarm 1 dog', '12:01 camera lost refused', '12:02 camera back ']
