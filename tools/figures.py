@@ -82,7 +82,7 @@ class Parameters:
     output_folder: str = './img'
     # The log.csv of a training run, for training_curves.png; if it does not exist, that picture is
     # left out.
-    log: str = './img/demo_log.csv'
+    log: str = './img/bccd_log.csv'
 
 
 NAMES = list(LABEL_MAP)
