@@ -222,9 +222,10 @@ def write_lists(output_folder, train, test, label_map, coco=None):
                 TEST_objects=test[1], label_map=label_map, **contents)
     if coco is None:
         (output_folder / 'TEST_coco.json').unlink(missing_ok=True)  # of earlier lists
-    in_both = Counter({'images that are in TRAIN, too': len({*train[0]} & {*test[0]})})
     summary = {'classes': [name for name in label_map if name != 'background'],
-               'TRAIN': train[2], 'TEST': test[2] | +in_both}
+               'TRAIN': train[2], 'TEST': test[2]}
+    if in_both := {*train[0]} & {*test[0]}:
+        summary['TEST']['images that are in TRAIN, too'] = len(in_both)
     print_summary(summary, output_folder)
     return summary
 

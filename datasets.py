@@ -61,7 +61,7 @@ class PascalVOCDataset(Dataset):
                  else self.cache[i])
         objects = self.objects[i]
         boxes = torch.tensor(objects['boxes'], dtype=torch.float32).view(-1, 4)
-        if len(boxes) and (boxes[:, 2:] > torch.tensor(image.size) + 1).any():
+        if (boxes[:, 2:] > torch.tensor(image.size) + 1).any():
             raise UserError(f'{self.images[i]} has {image.size[0]} x {image.size[1]} pixels, and '
                             f'boxes past its border; make the lists again with '
                             f'create_data_lists.py')

@@ -392,8 +392,8 @@ class Run:
         """
         state = self.model.state_dict()
         if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise UserError(f'weights or statistics are not finite after '
-                            f'{iteration} iterations; {path} stays as it was: lower --lr')
+            raise UserError(f'weights or statistics are not finite after {iteration} iterations; '
+                            f'{path} stays as it was: lower --lr')
         save_checkpoint(path, iteration=iteration, model=state,
                         optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                         label_map=self.model.label_map, parameters=self.settings)

@@ -26,6 +26,7 @@ class BrokenImageError(UserError):
 WORKER_ADVICE = ('If it was killed, the machine has too little memory: give fewer --workers. After '
                  'a bus error it is shared memory: give fewer --workers, or give the container '
                  'more (docker run --shm-size=2g)')
+OUT_OF_MEMORY = 'out of memory; give a smaller --batch-size or fewer --workers'
 
 
 def exit_on_user_error(main):
@@ -48,14 +49,14 @@ def exit_on_user_error(main):
         except torch.OutOfMemoryError as error:
             message = f'{str(error).splitlines()[0]} Give a smaller --batch-size'
         except MemoryError:
-            message = 'out of memory; give a smaller --batch-size or fewer --workers'
+            message = OUT_OF_MEMORY
         except RuntimeError as error:
             if 'DefaultCPUAllocator' in str(error):     # torch.OutOfMemoryError is for GPUs
-                message = 'out of memory; give a smaller --batch-size or fewer --workers'
-            elif not re.search(r'DataLoader worker \(pid|Pin memory thread', str(error)):
-                raise
-            else:
+                message = OUT_OF_MEMORY
+            elif re.search(r'DataLoader worker \(pid|Pin memory thread', str(error)):
                 message = f'{str(error).splitlines()[0]}. {WORKER_ADVICE}'
+            else:
+                raise
         except KeyboardInterrupt:
             message = 'interrupted'
         print(f'{pathlib.Path(sys.argv[0]).name}: {message}', file=sys.stderr)

@@ -144,8 +144,7 @@ def check_outputs(inputs, outputs):
     resolved = [path.resolve() for path in outputs]
     if len({*resolved}) < len(resolved):
         raise UserError('--output and --json would write the same file; give two names')
-    replaced = ({pathlib.Path(path).resolve() for path in inputs}
-                & {*resolved})
+    replaced = {pathlib.Path(path).resolve() for path in inputs} & {*resolved}
     if replaced:
         raise UserError(f'{replaced.pop()} would be replaced by its annotated version; give '
                         f'another --output')

@@ -120,11 +120,12 @@ def places_of_names(modules):
         places[f'{module_name}.py'] = {f'/{module_name}.py'}
         classes = (member for member in module.flattened_own_members if member.kind == 'class')
         for member in itertools.chain(*(scope.own_members for scope in (module, *classes))):
-            names = {f'{module_name}.{member.qualname}', member.qualname}
+            qualified = f'{module_name}.{member.qualname}'
+            names = {qualified, member.qualname}
             if member.kind == 'function':
-                names = {f'{module_name}.{member.qualname}'}
-                names |= {f'{name}()' for name in (*names, member.qualname,
-                                                   *({member.name} - functions))}
+                names = {qualified, f'{qualified}()', f'{member.qualname}()'}
+                if member.name not in functions:    # a method
+                    names.add(f'{member.name}()')
             for name in names:
                 places.setdefault(name, set()).add(f'/{module_name}.py#{member.qualname}')
     return {name: place for name, (place, *others) in places.items() if not others}
