@@ -20,7 +20,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import tyro
-from PIL import ExifTags
 from torchvision.datasets import VOCDetection
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from support.errors import (
     exit_on_user_error,
     make_folder,
 )
+from support.images import TRANSPOSES, read_orientation
 from utils import (
     IMAGE_SUFFIXES,
     label_map as voc_label_map,
@@ -96,13 +96,12 @@ def main(parameters):
             Parameters.download, Parameters.voc07_path, Parameters.voc12_path):
         raise UserError('--download, --voc07-path and --voc12-path are for VOC; leave them out, or '
                         'leave out the other data')
+    label_map = None
     if is_coco:
         train_splits, test_splits = map(parse_exports, (p.coco_train, p.coco_test))
-        label_map = None
     elif in_layout:
         train_splits = [parse_split(text) for text in p.train]
         test_splits = [parse_split(text) for text in p.test]
-        label_map = None
     else:
         paths = download_voc(p.download) if p.download else (p.voc07_path, p.voc12_path)
         train_splits, test_splits = voc_splits(*paths)
@@ -172,14 +171,15 @@ def write_data_lists(train_splits, test_splits, output_folder, label_map=None, s
         {what: count}}.
     """
     output_folder = make_folder(output_folder)
+    # All splits are found before any image is read. They may overlap: each image once.
+    train_files, test_files = (
+        dict.fromkeys(pair for folder, split in splits for pair in find_files(folder, split))
+        for splits in (train_splits, test_splits))
     train, test = (
         read_images(name, [
             (image_path, annotation_path, functools.partial(read_voc, annotation_path, label_map))
-            # Splits may overlap: each image once.
-            for annotation_path, image_path in dict.fromkeys(
-                file for folder, split in splits for file in find_files(folder, split))],
-            skip_broken)
-        for name, splits in (('TRAIN', train_splits), ('TEST', test_splits)))
+            for annotation_path, image_path in files], skip_broken)
+        for name, files in (('TRAIN', train_files), ('TEST', test_files)))
     if label_map is None:
         all_objects = train[1] + test[1]
         label_map = number_classes(find_classes(all_objects))
@@ -206,7 +206,7 @@ def write_coco_lists(train_splits, test_splits, output_folder, label_map=None, s
         read_images(name, files_to_read(data[name], label_map, keep_crowds=name == 'TEST'),
                     skip_broken)
         for name in data)
-    coco = join_for_evaluation(data['TEST'], data['TRAIN'], set(test[0]), label_map)
+    coco = join_for_evaluation(data['TEST'], set(test[0]), label_map)
     return write_lists(output_folder, train, test, label_map, coco)
 
 
@@ -317,7 +317,7 @@ def find_files(folder, split):
         name = words[0] if has_flag else line
         if name not in image_paths:
             advice = ('write it without folder and suffix'
-                      if pathlib.PurePath(name).with_suffix('').name in image_paths else
+                      if pathlib.PurePath(name).stem in image_paths else
                       'add it, or take the line out')
             raise UserError(f'{split_path} names {name!r}, but {folder / "JPEGImages"} has no '
                             f'image of that name; {advice}')
@@ -382,20 +382,18 @@ def decode(image):
     Returns:
         The stored (width, height), and whether an EXIF orientation rotates or flips the image.
     """
-    size, orientation = image.size, 1
+    size = image.size
     image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which is faster
     image.load()    # applies the orientation of a TIFF, and removes it
-    with contextlib.suppress(Exception):    # invalid EXIF data do not make an image a broken one
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return size, orientation in range(2, 9)
+    return size, read_orientation(image) in TRANSPOSES
 
 
 def check_stated_size(stated_size, size, annotation_path, image_path):
     """Raise a UserError if the annotation states another size; no size, or 0, is accepted."""
     advice = 'the boxes are for another image, replace one of the two'
     if tuple(stated_size) == size[::-1]:
-        advice = ('width and height are exchanged, as by an EXIF orientation, which is not applied '
-                  'here: rotate the pixels (Pillow: ImageOps.exif_transpose)')
+        advice = ('width and height are exchanged, as by an EXIF orientation: save the image '
+                  'upright (Pillow: ImageOps.exif_transpose), and annotate that')
     for what, stated, actual in zip(('width', 'height'), stated_size, size):
         if stated not in (0, actual):
             raise UserError(f'{annotation_path}: {what} {stated:g}, but {image_path} has {actual}; '

@@ -61,7 +61,7 @@ from support.images import (
 )
 from support.onnx_network import OnnxNetwork, check_parameters, is_onnx
 from support.processes import stop_on_signal
-from support.published import download_coco
+from support.published import download_coco, used_names
 from support.video import VideoReader, VideoWriter
 from utils import distinct_colors, warp
 
@@ -212,7 +212,7 @@ def select_classes(label_map, classes, suppress):
     unknown = (set(classes or ()) | set(suppress or ())) - set(names)
     if unknown:
         raise UserError(f'no class is named {", ".join(sorted(unknown))}; the model has '
-                        f'{", ".join(names)}')
+                        f'{", ".join(used_names(label_map)[1:])}')
     return set(classes or names) - set(suppress or ())
 
 

@@ -121,9 +121,10 @@ def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coc
     was_training = model.training
     detections, ground_truth = find_detections(test_loader, model.eval(), autocast)
     model.train(was_training)
-    by_iou = (coco_average_precision(detections, ground_truth, model.label_map)
-              if coco and get_rank() == 0 else {})
-    return print_evaluation(detections, ground_truth, model.label_map, operating_score, by_iou)
+    coco_numbers = (coco_average_precision(detections, ground_truth, model.label_map)
+                    if coco and get_rank() == 0 else {})
+    return print_evaluation(detections, ground_truth, model.label_map, operating_score,
+                            coco_numbers)
 
 
 @torch.no_grad()
@@ -174,15 +175,15 @@ def gather_images(tensors):
     return [shares[i % world_size][i // world_size] for i in range(n_images)]
 
 
-def print_evaluation(detections, ground_truth, label_map, operating_score, coco):
+def print_evaluation(detections, ground_truth, label_map, operating_score, coco_numbers):
     """Print the table of average precisions, in rank 0; return ({class name: AP}, mAP).
 
-    `coco` are the numbers of COCO's rules by name.
+    `coco_numbers` are those of COCO's rules by name.
     """
     average_precisions, mAP = calculate_mAP(*detections, *ground_truth, label_map)
     if get_rank() == 0:
         matches = match_classes(detections, ground_truth, label_map)
-        print_table(average_precisions, mAP, matches, coco, operating_score)
+        print_table(average_precisions, mAP, matches, coco_numbers, operating_score)
     return average_precisions, mAP
 
 
@@ -220,8 +221,8 @@ def main(parameters):
         dtype = choose_precision(p.precision, device)
         if not p.detections:
             detections = detect_in_dataset(p, model, dataset, device)
-            less_precise = (dtype != torch.float32
-                            and detect_in_dataset(p, model, dataset, device, dtype))
+            if dtype != torch.float32:
+                less_precise = detect_in_dataset(p, model, dataset, device, dtype)
         elif coco is None:
             detections = read_results(p.detections, ids, dataset.label_map)
         else:
@@ -238,12 +239,14 @@ def main(parameters):
         if p.pictures:
             draw_pictures(detections, ground_truth, dataset, p.operating_score, p.pictures)
             print(f'pictures written to {p.pictures}')
-        numbers = (coco_average_precision(detections, ground_truth, dataset.label_map)
-                   if coco is None else coco_summary(detections, coco, dataset.label_map))
+        coco_numbers = (coco_average_precision(detections, ground_truth, dataset.label_map)
+                        if coco is None else coco_summary(detections, coco, dataset.label_map))
         _, mAP = print_evaluation(detections, ground_truth, dataset.label_map, p.operating_score,
-                                  numbers)
-        if p.precision != 'float32':
+                                  coco_numbers)
+        if dtype != torch.float32:
             print_difference(mAP, less_precise, ground_truth, dataset.label_map, dtype)
+        elif p.precision != 'float32':
+            print(f'--precision {p.precision} is float32 on this device')
 
 
 def load_model(path, device):
@@ -266,9 +269,6 @@ def detect_in_dataset(p, model, dataset, device, dtype=torch.float32):
 
 def print_difference(mAP, detections, ground_truth, label_map, dtype):
     """Print how much the mAP of detections in another precision differs from float32's."""
-    if dtype == torch.float32:
-        print('--precision auto is float32 on this device')
-        return
     _, other = calculate_mAP(*detections, *ground_truth, label_map)
     print(f'in {dtype}: mAP {other:.4f}, float32 {mAP:.4f}, difference {other - mAP:+.4f}')
 
@@ -291,7 +291,7 @@ def check_dataset(p, model, dataset):
     # Of the 91 indices of COCO's published weights 10 are of no class.
     if (model and dataset.label_map != model.label_map
             and dataset.label_map.keys() != set(used_names(model.label_map))):
-        raise UserError(f'{p.checkpoint} knows the classes {list(model.label_map)[1:]}, '
+        raise UserError(f'{p.checkpoint} knows the classes {used_names(model.label_map)[1:]}, '
                         f'{p.data_folder} has {list(dataset.label_map)[1:]}; give the '
                         f'checkpoint that was trained on this data set')
 

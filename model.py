@@ -91,13 +91,13 @@ def create_prior_boxes(scales=None, feature_maps=FEATURE_MAPS):
 
     Returns:
         (P, 4), center and size (cx, cy, w, h) in fractions of the image. No side is longer than the
-        image's (the last two maps would have a few), but priors may reach beyond its border.
+        image's (the last maps would have a few), but priors may reach beyond its border.
     """
     priors = []
     scales = scales or [*(feature_map.scale for feature_map in feature_maps), 1.]
     for feature_map, scale, next_scale in zip(feature_maps, scales, scales[1:]):
         sizes = [(scale * math.sqrt(r), scale / math.sqrt(r)) for r in feature_map.aspect_ratios]
-        # From one map to the next the scale grows by a factor of 1.2 to 2. The additional square,
+        # From one map to the next the scale grows by a factor of 1.2 to 2.5. The additional square,
         # at the geometric mean of both scales, covers the objects in between (section 2.2).
         middle = math.sqrt(scale * next_scale)
         sizes.insert(1, (middle, middle))
@@ -457,6 +457,7 @@ class SSD300(nn.Module):
     @torch.no_grad()
     def detect_in_batch(self, images, min_score, max_overlap, top_k):
         """Detect objects in uint8 images (N, 3, 300, 300) on any device; see `detect_objects()`."""
+        assert not self.training, 'the model is in training mode; call eval() first'
         images = images.to(self.device, non_blocking=True)
         return self.detect_objects(*self(self.normalize(images)), min_score, max_overlap, top_k)
 
@@ -504,7 +505,7 @@ def find_candidates(probabilities, min_score):
     Returns:
         image, label, prior and score of the M candidates: (M,) each.
     """
-    n_images, n_priors, n_classes = probabilities.shape
+    n_images, _, n_classes = probabilities.shape
     is_candidate = probabilities > min_score                                # (N, P, C)
     is_candidate[:, :, 0] = False
     image, prior, label = is_candidate.nonzero(as_tuple=True)               # (M,) each
@@ -672,8 +673,8 @@ def force_one_prior_per_object(overlap):
 
     # An object needs only its K = O best priors: the other O - 1 objects can take no more than
     # O - 1 of them. Of equal IoUs topk() may return any prior. For the same result whatever the
-    # padding and the device, subtract 1e-15 * index, in float64: far less than different IoUs
-    # differ by.
+    # padding and the device, subtract 1e-15 * index, in float64: far less than any different IoUs
+    # above 0.001 differ by.
     tie_breaker = 1e-15 * torch.arange(n_priors, dtype=torch.float64, device=device)
     best_overlaps, best_priors = (overlap - tie_breaker).topk(min(n_objects, n_priors), dim=2)
 

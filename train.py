@@ -5,8 +5,9 @@
 
 The defaults are the paper's schedule for PASCAL VOC 07 + 12. Press Ctrl-C to stop: the iteration is
 finished (several ranks finish those up to the next row of the log), a checkpoint is written, and
-the same command with `--resume auto` resumes the run, with the same final weights as an
-uninterrupted one. After a power failure it resumes from the last checkpoint.
+the same command with `--resume auto` resumes the run. On a CPU its final weights are those of an
+uninterrupted one, on a GPU up to rounding. After a power failure it resumes from the last
+checkpoint.
 """
 
 import dataclasses
@@ -67,7 +68,7 @@ class Parameters:
     # Folder of the lists that create_data_lists.py wrote.
     data_folder: str = './data'
     # Change colors, zoom out, crop and flip at random. Turn it off only for a short run on very
-    # many images: on VOC it is worth 12 mAP (the paper: 65.5 with flips alone, 77.2 with all).
+    # many images: on VOC it is worth over 12 mAP (the paper: 65.5 with flips alone, 77.2 with all).
     augment: bool = True
     # Processes per rank that read and augment images. One feeds about 300 images/s.
     workers: int = dataclasses.field(default_factory=default_workers)
@@ -191,7 +192,8 @@ def main(p):
         optimizer = make_optimizer(model, p.optimizer, p.weight_decay)
         scaler = make_scaler(dtype, device)
         settings = dataclasses.asdict(p) | {'precision': str(dtype).removeprefix('torch.'),
-                                            'n_images': len(train_set)}
+                                            'n_images': len(train_set),
+                                            'world_size': get_world_size()}
         start = load_start(p, model, optimizer, scaler, settings)
         train_set.resize_for(model)
         schedule = Schedule(start, p.iterations, p.lr, p.warmup, p.decay_lr_at, p.print_freq,
@@ -447,8 +449,8 @@ def load_start(p, model, optimizer, scaler, settings):
         broadcast_buffers(model)    # before the loss takes the priors
         return 0
     # With batch normalization, the images of one forward pass share their statistics.
-    must_match = (*MUST_MATCH, 'grad_accumulation') if p.batch_norm else MUST_MATCH
-    start = restore(path, model, optimizer, scaler, settings, must_match)
+    of_batch_norm = ('grad_accumulation', 'world_size') if p.batch_norm else ()
+    start = restore(path, model, optimizer, scaler, settings, MUST_MATCH + of_batch_norm)
     # A finished run that is resumed again, as by a job queue, has nothing left to do.
     if start > p.iterations or start == p.iterations and p.resume != 'auto':
         raise UserError(f'{path} has {start} iterations already; give more --iterations')
@@ -502,8 +504,9 @@ def check_parameters(p):
         raise UserError(f'the weights of --init {p.init} bring their own priors; leave --priors '
                         f'out')
     if p.batch_norm and p.pretrained and p.init != 'imagenet':
-        raise UserError(f'the weights of --init {p.init} are for a network without batch '
-                        f'normalization; leave --batch-norm out, or give --init imagenet')
+        raise UserError(f'the weights of --init {p.init} have no batch normalization, or have it '
+                        f'folded into the convolutions; leave --batch-norm out, or give --init '
+                        f'imagenet')
     n_images = p.batch_size // get_world_size() + TEST_BATCH_SIZE   # in a batch of either loader
     check_shared_memory(p.workers, n_images * 3 * NETWORKS[p.network].input_size ** 2)
     make_folder(pathlib.Path(p.checkpoint).resolve().parent)     # that of a link's target

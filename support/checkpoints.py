@@ -24,9 +24,8 @@ OPTIMIZER_STATE = {'sgd': {'momentum_buffer'}, 'adamw': {'step', 'exp_avg', 'exp
 def find_newest_checkpoint(path):
     """Return the path of a run's last checkpoint; if that cannot be read, of its best one.
 
-    The last one is at `path`, the best one at `sibling_path(path, '.best')`, never a newer one: if
-    it has more iterations, it is of an earlier run. A note is printed for a file that cannot be
-    read.
+    The last one is at `path`, the best one, which is never newer, at `sibling_path(path, '.best')`.
+    A note is printed for a file that cannot be read.
 
     Returns:
         A string; None if there is no checkpoint.

@@ -5,6 +5,7 @@ gaps: 80 categories have ids from 1 to 90. Boxes are [x, y, width, height] in pi
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -69,14 +70,18 @@ def read_coco(path):
 def select_categories(path, categories, used):
     """Map ids to class names, by increasing id; of categories with one name keep the used one.
 
-    Roboflow adds a category that groups the others and may have the name of one of them.
+    Roboflow adds a category that groups the others and may have the name of one of them. Other
+    programs add one for the background.
     """
     used_names = Counter(categories[row_id]['name'] for row_id in used)
     for name, count in used_names.items():
         if count > 1:
             raise UserError(f'{path}: {count} categories are named {name!r}; rename or join them')
+    if 'background' in used_names:
+        raise UserError(f"{path}: a category with annotations is named 'background', which stands "
+                        f"for no object; rename it")
     return {row_id: categories[row_id]['name'] for row_id in sorted(categories)
-            if row_id in used or categories[row_id]['name'] not in used_names}
+            if row_id in used or categories[row_id]['name'] not in {*used_names, 'background'}}
 
 
 def read_json(path, advice="give an annotation file in COCO's format"):
@@ -124,10 +129,8 @@ def check_image(row, where):
 def check_category(row, where):
     """Check the name of a category, without white space around it."""
     name = row.get('name')
-    if (not isinstance(name, str) or name.strip() in ('', 'background')
-            or not name.isprintable()):
-        raise UserError(f'{where}: {reprlib.repr(name)} is not a class name (background stands for '
-                        f'no object); name it')
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise UserError(f'{where}: {reprlib.repr(name)} is not a class name; name it')
     row['name'] = name.strip()
 
 
@@ -171,7 +174,8 @@ def is_number(value, maximum=MAX_PIXEL, minimum=0):
 
 def parse_exports(texts):
     """Parse each 'annotations.json:images'; both parts may contain colons themselves."""
-    matches = [re.fullmatch('(.+?[.]json):(.+)', text, re.DOTALL) for text in texts]
+    pattern = re.compile('(.+?[.]json):(.+)', re.DOTALL | re.IGNORECASE)
+    matches = [pattern.fullmatch(text) for text in texts]
     if None in matches:
         raise UserError(f'{texts[matches.index(None)]!r} is not annotations.json:images, such as '
                         f'instances_val2017.json:val2017')
@@ -245,27 +249,21 @@ def list_objects(data, image, label_map, keep_crowds):
     return objects, (image['width'], image['height']), counts
 
 
-def join_for_evaluation(test_data, train_data, kept, label_map):
+def join_for_evaluation(test_data, kept, label_map):
     """Join the images of the TEST list to one annotation file, which COCO's evaluation reads.
 
     It has the original boxes, areas and crowds, and the original ids of images and categories.
-    Where files use an id for different images, all images are renumbered; so are categories.
+    Where files use an id for different images, all images are renumbered.
 
     Args:
-        test_data, train_data: lists of CocoData; of TRAIN only the categories count.
+        test_data: list of CocoData.
         kept: set of the paths in the list.
         label_map: of the list.
 
     Returns:
         The content of TEST_coco.json.
     """
-    category_ids = dict.fromkeys(name for name in label_map if name != 'background')
-    for data in (*train_data, *test_data):  # the last one counts
-        category_ids.update((name, value) for value, name in data.categories.items()
-                            if name in category_ids)
-    if None in category_ids.values() or has_duplicates(category_ids.values()):
-        category_ids = {name: label_map[name] for name in category_ids}
-
+    category_ids = number_categories(test_data, label_map)
     rows = [(data, image) for data in test_data for image in data.images if image['path'] in kept]
     image_ids = [image['id'] for _, image in rows]
     if has_duplicates(image_ids):
@@ -281,6 +279,21 @@ def join_for_evaluation(test_data, train_data, kept, label_map):
                 'category_id': category_ids[data.categories[row['category_id']]]})
     return {'images': images, 'annotations': annotations,
             'categories': [{'id': value, 'name': name} for name, value in category_ids.items()]}
+
+
+def number_categories(test_data, label_map):
+    """Map class names to category ids: those of the test files, and for other classes unused ones.
+
+    If the files use an id for different classes, the ids are the labels.
+    """
+    names = [name for name in label_map if name != 'background']
+    ids = {name: value for data in test_data for value, name in data.categories.items()
+           if name in names}
+    if has_duplicates(ids.values()):
+        return {name: label_map[name] for name in names}
+    taken = {*ids.values()}
+    unused = (value for value in itertools.count(1) if value not in taken)
+    return {name: ids[name] if name in ids else next(unused) for name in names}
 
 
 def has_duplicates(values):

@@ -36,13 +36,14 @@ from utils import (
 # --------------------------------------------------------------------------------------------------
 
 
-def print_table(average_precisions, mAP, matches, coco, operating_score):
+def print_table(average_precisions, mAP, matches, coco_numbers, operating_score):
     """Print one line per class, the means, COCO's average precision and the mAP of VOC 2007.
 
     Args:
         average_precisions, mAP: as `calculate_mAP()` returns them.
         matches: {class name: ClassMatches}.
-        coco: as `coco_average_precision()` or `coco_summary()` returns it; empty: no such lines.
+        coco_numbers: as `coco_average_precision()` or `coco_summary()` returns them; empty: no such
+            lines.
         operating_score: score threshold for the recall.
     """
     # `tqdm.write` prints to stdout, above a progress bar if one is shown.
@@ -60,7 +61,7 @@ def print_table(average_precisions, mAP, matches, coco, operating_score):
     sums = [sum(column) for column in zip(*counts.values())] or (0, 0, 0)
     tqdm.write(format_line('mean, sum', width, mAP, nan_mean(areas.values()), sums,
                            nan_mean(recalls.values())))
-    for name, value in coco.items():
+    for name, value in coco_numbers.items():
         tqdm.write(f'{f"COCO {name}":{width}}'
                    f'{"no objects" if math.isnan(value) else f"{value:.4f}"}')
     tqdm.write(f'{"mAP":{width}}{mAP:.4f}')

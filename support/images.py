@@ -15,7 +15,7 @@ import sys
 import urllib.parse
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from support.errors import BrokenImageError, UserError, atomic_write, make_folder
@@ -206,12 +206,30 @@ def limit_pixels(max_pixels):
     logging.getLogger('PIL').setLevel(logging.CRITICAL)
 
 
+# What makes an image of an EXIF orientation upright; 1 is upright.
+TRANSPOSES = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+              4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+              6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+              8: Image.Transpose.ROTATE_90}
+
+
+def read_orientation(image):
+    """Read the EXIF orientation of a PIL image; None without one, or if the EXIF data are invalid.
+
+    `ImageOps.exif_transpose()` would raise an error if any other of these data are invalid.
+    """
+    with contextlib.suppress(Exception):
+        return image.getexif().get(ExifTags.Base.Orientation)
+
+
 def make_upright(image):
     """Return an RGB copy of a PIL image, rotated by its EXIF orientation.
 
     Of its metadata only the color profile is kept.
     """
-    upright = to_rgb(ImageOps.exif_transpose(image))
+    upright = to_rgb(image)     # loads it, which applies the orientation of a TIFF and removes it
+    transpose = TRANSPOSES.get(read_orientation(image))
+    upright = upright if transpose is None else upright.transpose(transpose)
     profile = image.info.get('icc_profile') if image.mode in ('RGB', 'RGBA') else None
     # In a corrupt TIFF it can be of any type.
     upright.info = {'icc_profile': profile} if isinstance(profile, bytes) else {}

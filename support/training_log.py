@@ -6,6 +6,7 @@ losses stay on the device, since reading them would make the CPU wait for it.
 
 import csv
 import math
+import os
 import pathlib
 import time
 
@@ -54,12 +55,14 @@ class TrainingLog:
         self.n_skipped = self.n_skipped_in_a_row = 0
         if self.is_first:
             make_folder(self.folder)
+            path = self.folder / 'log.csv'
             if start > 0:
-                self.rows = [row for row in read_log(self.folder / 'log.csv')
-                             if row['iteration'] <= start]
+                self.rows = [row for row in read_log(path) if row['iteration'] <= start]
+            elif path.exists():
+                os.replace(path, self.folder / 'log.earlier.csv')
             if self.rows:
                 self.n_skipped = self.rows[-1]['skipped']
-            write_log(self.folder / 'log.csv', self.rows)
+            write_log(path, self.rows)
             # TensorBoard hides what an earlier, longer run logged after `start`.
             self.board = SummaryWriter(str(self.folder), purge_step=start + 1 if start else 0)
         self.bar = tqdm(initial=start, total=end, unit='it', dynamic_ncols=True,

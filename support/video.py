@@ -216,7 +216,7 @@ class VideoReader:
             packet.pts += round(offset / packet.time_base)
 
     def _store_audio(self, packet):
-        """Store a packet of sound for the writer."""
+        """Store a packet of sound for the writer; `support/camera.py` overrides this."""
         self.audio_packets.append(packet)
 
     def _decode(self, packet):

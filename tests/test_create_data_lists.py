@@ -291,6 +291,13 @@ def test_invalid_folder_is_reported_and_no_list_changes(break_it, old_lists, mak
         assert not out.exists() or os.listdir(out) == []
 
 
+def test_missing_test_split_is_reported_before_any_image_is_read(make_voc, tmp_path, capsys):
+    root = make_voc({'train': {'a': [CAT]}})
+    with pytest.raises(UserError, match='no such split'):
+        write_data_lists([(root, 'train')], [(root, 'test')], tmp_path / 'out')
+    assert 'TRAIN' not in capsys.readouterr().err, 'the progress bar'
+
+
 def test_missing_folder_is_reported(tmp_path):
     with pytest.raises(UserError, match='nowhere.*VOC layout'):
         write_data_lists([(tmp_path / 'nowhere', 'train')], [], tmp_path / 'out')

@@ -15,10 +15,11 @@ import torch
 from PIL import Image, ImageOps
 
 import detect as detect_module
-from detect import Parameters, detect, main, predict
+from detect import Parameters, detect, main, predict, select_classes
 from model import SSD300
 from support.checkpoints import save_checkpoint
 from support.errors import UserError
+from support.published import coco_label_map
 from utils import cxcy_to_gcxgcy, distinct_colors, label_map, xy_to_cxcy
 
 THRESHOLDS = {'min_score': 0.2, 'max_overlap': 0.5, 'top_k': 200}
@@ -210,6 +211,9 @@ def test_other_classes_take_no_place_among_the_best(model):
     assert prediction['labels'] == ['cat']
     with pytest.raises(UserError, match='unicorn.*the model has aeroplane, bicycle'):
         predict([image], model=model, classes=['unicorn'])
+    with pytest.raises(UserError, match='the model has person, bicycle') as error:
+        select_classes(coco_label_map(), ['unicorn'], None)
+    assert 'N/A' not in str(error.value)
 
 
 @pytest.mark.parametrize('precision, expected', [

@@ -19,7 +19,7 @@ from thin import ThinSSD300, ThinSSD512
 
 
 def test_it_has_24564_priors():
-    # The number of boxes in table 7 of the paper, and in mmdetection's test of its SSD512.
+    # The number of boxes in table 7 of the paper.
     priors = SSD512.create_prior_boxes()
     assert priors.shape == (24564, 4) and priors.min() > 0 and priors.max() <= 1
     counts = [feature_map.size ** 2 * feature_map.n_priors_per_cell

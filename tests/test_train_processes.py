@@ -310,6 +310,21 @@ def test_two_ranks_train_and_evaluate_as_one(folder):
     assert len(tables[0]) == 3 and tables[0] == tables[1]
 
 
+def test_ranks_normalize_their_own_images(folder):
+    """Rank 0, whose statistics are saved, has the first two images of four."""
+    run('--batch-norm', '--iterations', 1, '--batch-size', 4, '--eval-every', 0, '--checkpoint',
+        'two.pth.tar', folder=folder, ranks=2)
+    run('--batch-norm', '--iterations', 1, '--batch-size', 2, '--eval-every', 0, '--checkpoint',
+        'one.pth.tar', folder=folder)
+    two, one = (load_checkpoint(folder / name)['model'] for name in ('two.pth.tar', 'one.pth.tar'))
+    names = [name for name in one if 'running' in name]
+    assert len(names) == 2 * 23
+    for name in names:
+        torch.testing.assert_close(two[name], one[name])
+    weights = [name for name in one if name.endswith('.weight')]
+    assert not all(torch.equal(two[name], one[name]) for name in weights)
+
+
 def test_run_ends_if_one_rank_is_killed(folder):
     words = command('--iterations', 10_000, '--checkpoint', 'c.pth', ranks=2)
     process = start(words, folder)

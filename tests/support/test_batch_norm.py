@@ -219,11 +219,51 @@ def test_resumed_run_equals_the_uninterrupted_one_in_every_bit(parameters, tmp_p
     train.main(dataclasses.replace(resumed, iterations=4, batch_size=4, grad_accumulation=2))
     assert 'note: grad_accumulation was 1 and is 2 now' in capsys.readouterr().out
 
+    checkpoint = load_checkpoint(paths[1])
+    checkpoint['parameters']['world_size'] = 2
+    save_checkpoint(paths[1], **checkpoint)
+    train.main(dataclasses.replace(resumed, iterations=5))
+    assert 'note: world_size was 2 and is 1 now' in capsys.readouterr().out
+
+
+def test_best_checkpoint_is_the_evaluated_network(parameters, monkeypatch):
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', ThinSSD300)
+    images, predicted = torch.randn(2, 3, 300, 300), []
+
+    @torch.no_grad()
+    def evaluate(test_loader, model, **options):
+        model.eval()
+        predicted.append(model(images))
+        model.train()
+        return {}, [0.5, 0.7, 0.6][len(predicted) - 1]
+
+    monkeypatch.setattr(train, 'evaluate', evaluate)
+    train.main(dataclasses.replace(parameters, iterations=3, eval_every=1))
+    best = load_checkpoint(parameters.checkpoint.replace('.pth', '.best.pth'))
+    assert best['iteration'] == 2 and any(is_norm(name) for name in best['model'])
+    with torch.no_grad():
+        folded = ThinSSD300.from_state(best)(images)
+    for output, expected, other in zip(folded, predicted[1], predicted[2]):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+        assert (other - expected).abs().max() > 1e-3
+
+
+def test_its_checkpoint_starts_another_run_folded(parameters, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', ThinSSD300)
+    monkeypatch.setattr(train, 'SSD300', ThinSSD300)
+    train.main(parameters)
+    path = str(tmp_path / 'next.pth.tar')
+    train.main(dataclasses.replace(parameters, batch_norm=False, pretrained=True, init='checkpoint',
+                                   weights=parameters.checkpoint, iterations=1, lr=0.,
+                                   checkpoint=path))
+    assert_equal(load_checkpoint(path)['model'],
+                 fold_batch_norm(load_checkpoint(parameters.checkpoint)['model']))
+
 
 @pytest.mark.parametrize('changes, words', [
     ({'grad_accumulation': 2}, 'two images per micro-batch'),
-    ({'pretrained': True, 'init': 'coco'}, 'init coco are for a network without'),
-    ({'pretrained': True, 'init': 'caffe', 'weights': 'vgg.pth'}, 'init caffe are for')])
+    ({'pretrained': True, 'init': 'coco'}, 'init coco have no batch normalization'),
+    ({'pretrained': True, 'init': 'caffe', 'weights': 'vgg.pth'}, 'init caffe have no')])
 def test_user_errors(parameters, capsys, changes, words):
     with pytest.raises(SystemExit):
         train.main(dataclasses.replace(parameters, **changes))

@@ -16,7 +16,13 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection import SSD300_VGG16_Weights
 
 import eval as evaluation
-from create_data_lists import Parameters, main, write_coco_lists, write_data_lists
+from create_data_lists import (
+    Parameters,
+    main,
+    number_classes,
+    write_coco_lists,
+    write_data_lists,
+)
 from datasets import PascalVOCDataset
 from support.coco_lists import make_results, parse_exports, read_evaluation, read_results
 from support.coco_metrics import SUMMARY, coco_summary
@@ -174,7 +180,24 @@ def test_classes_of_several_files_are_joined_by_name(make_coco, tmp_path):
     assert {row['name']: row['id'] for row in coco['categories']} == {'cat': 1, 'dog': 2, 'ant': 3}
 
 
-@pytest.mark.parametrize('group', [{'id': 0, 'name': 'cat'}, {'id': 9, 'name': 'cat'}])
+@pytest.mark.parametrize('train_names, classes, ids', [
+    ({1: 'ant', 2: 'cat'}, (), {'ant': 1, 'cat': 3, 'dog': 7}),     # 3 rather than TRAIN's 2
+    ({3: 'ant'}, (), {'ant': 1, 'cat': 3, 'dog': 7}),               # 3 is taken
+    ({}, ('dog', 'bee', 'cat', 'ant'), {'dog': 7, 'bee': 1, 'cat': 3, 'ant': 2})])
+def test_test_list_keeps_its_category_ids_besides_other_classes(make_coco, tmp_path, train_names,
+                                                                classes, ids):
+    test = make_coco({1: 'a.jpg'}, [annotate(1, 7, [0, 0, 9, 9])], name='test')
+    train = make_coco({1: 'a.jpg'}, [], [{'id': i, 'name': name} for i, name in
+                                         train_names.items()], name='train')
+    label_map = number_classes(classes) if classes else None
+    write_coco_lists([train], [test], tmp_path / 'lists', label_map)
+    coco = read_list(tmp_path / 'lists', 'TEST_coco')
+    assert {row['name']: row['id'] for row in coco['categories']} == ids
+    assert [row['category_id'] for row in coco['annotations']] == [7]
+
+
+@pytest.mark.parametrize('group', [{'id': 0, 'name': 'cat'}, {'id': 9, 'name': 'cat'},
+                                   {'id': 0, 'name': 'background'}])
 def test_category_without_annotations_may_have_the_name_of_a_class(make_coco, tmp_path, group):
     export = make_coco({1: 'a.jpg'}, [annotate(1, 3, [0, 0, 9, 9])], [group, *CATEGORIES])
     write_coco_lists([export], [export], tmp_path / 'lists')
@@ -247,7 +270,7 @@ def test_lists_in_voc_layout_replace_those_of_coco(export, make_voc, tmp_path):
     (('annotations', 0, 'id'), 101, 'the annotation id 101 occurs twice'),
     (('categories', 0, 'name'), None, 'category 7: None is not a class name'),
     (('categories', 0, 'name'), ' ', "category 7: ' ' is not a class name"),
-    (('categories', 0, 'name'), 'background', "category 7: 'background' is not a class name"),
+    (('categories', 0, 'name'), 'background', "a category with annotations is named 'background'"),
     (('categories', 0, 'name'), 'cat', "2 categories are named 'cat'"),
     (('annotations', 0, 'image_id'), 5, 'annotation 100: image_id 5 is not in the file'),
     (('annotations', 0, 'image_id'), [], r'annotation 100: image_id \[\] is not in the file'),

@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from support import images as images_module
 from support.errors import UserError
@@ -22,6 +23,7 @@ from support.images import (
     make_upright,
     print_line,
     read_batches,
+    read_orientation,
     redact,
     save_image,
     try_read_image,
@@ -107,6 +109,30 @@ def test_upright_image_keeps_only_the_color_profile():
     assert upright.size == (10, 20) and upright.info == {'icc_profile': b'profile'}
     assert make_upright(Image.new('L', (20, 10))).mode == 'RGB'
     assert image.size == (20, 10)
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.tif'])
+@pytest.mark.parametrize('orientation', range(10))  # 0 and 9 have no meaning
+def test_image_is_upright_as_by_pillow(tmp_path, orientation, suffix):
+    path = tmp_path / f'image{suffix}'
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.effect_noise((20, 10), 50).convert('RGB').save(path, exif=exif)
+    with Image.open(path) as image, Image.open(path) as same:
+        expected = ImageOps.exif_transpose(same)
+        upright = make_upright(image)
+    assert upright.size == expected.size and upright.tobytes() == expected.tobytes()
+
+
+def test_invalid_exif_data_do_not_matter(tmp_path):
+    # Orientation 6 as a short integer, then a resolution (0x11a, a fraction) as a byte.
+    tags = struct.pack('<HHIHHHHII', 0x112, 3, 1, 6, 0, 0x11a, 1, 1, 1)
+    exif = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + tags + bytes(4)
+    Image.new('RGB', (20, 10)).save(tmp_path / 'a.jpg', exif=exif)
+    with Image.open(tmp_path / 'a.jpg') as image:
+        with pytest.raises(TypeError):
+            ImageOps.exif_transpose(image)
+        assert read_orientation(image) == 6 and make_upright(image).size == (10, 20)
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.webp', '.png', '.tif'])

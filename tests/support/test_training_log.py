@@ -115,6 +115,7 @@ def test_resumed_run_keeps_the_rows_up_to_its_start(make_log, tmp_path):
     with make_log(start=0) as log:
         assert log.rows == []
     assert read_log(tmp_path / 'log' / 'log.csv') == []
+    assert len(read_log(tmp_path / 'log' / 'log.earlier.csv')) == 3
     assert read_log(tmp_path / 'nowhere.csv') == []
 
 
