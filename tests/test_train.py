@@ -20,6 +20,7 @@ from create_data_lists import Parameters as ListParameters, main as make_lists
 from model import SSD300, MultiBoxLoss, create_prior_boxes
 from support.checkpoints import load_checkpoint, sibling_path
 from support.gradient_scaling import make_scaler
+from support.published import BASE_CONVS
 from support.training_log import TrainingLog
 from thin import ThinSSD300
 from utils import normalize, pad_objects
@@ -373,6 +374,26 @@ def test_pretrained_weights_are_loaded_only_by_a_new_run(parameters, small_netwo
     run(parameters, iterations=2, pretrained=True, resume=parameters.checkpoint)
     run(parameters, iterations=2, pretrained=True, resume='auto')   # nothing is left to do
     assert len(loaded) == 1, 'a resumed run has its weights already'
+
+
+def test_start_from_caffe_brings_its_image_mean_into_checkpoints(parameters, monkeypatch, tmp_path):
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', ThinSSD300)
+    weights, layers = {}, dict(ThinSSD300(3).named_modules())
+    # The numbers of the convolutions in ssd.pytorch's list of layers
+    numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28, 31, 33)
+    for number, name in zip(numbers, BASE_CONVS, strict=True):
+        weights |= {f'{number}.{kind}': value.detach()
+                    for kind, value in layers[name].named_parameters()}
+    path = str(tmp_path / 'vgg.pth')
+    torch.save(weights, path)
+    for changes in ({'iterations': 1}, {'iterations': 2, 'resume': parameters.checkpoint}):
+        run(parameters, pretrained=True, init='caffe', weights=path, lr=0., **changes)
+        state = load_checkpoint(parameters.checkpoint)['model']
+        assert torch.equal(state['base.conv1_1.weight'], weights['0.weight'].flip(1))
+        assert torch.equal(state['base.conv7.bias'], weights['33.bias'])
+        images = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+        normalized = ThinSSD300.from_checkpoint(parameters.checkpoint).normalize(images)
+        torch.testing.assert_close(normalized.flatten(), torch.tensor([132., 138., 151.]))
 
 
 def test_new_run_keeps_the_checkpoint_of_an_earlier_one(parameters, small_network, monkeypatch):

@@ -41,7 +41,7 @@ def test_result_is_nearly_that_of_the_full_image(photo, decoded_sizes, window, s
     result = np.asarray(utils.warp(image, window, size=size), dtype=int)
     expected = np.asarray(utils.warp(utils.read_image(photo), window, size=size), dtype=int)
     assert decoded_sizes == [decoded]
-    assert abs(result - expected).mean() < 0.5 and abs(result - expected).max() <= 12
+    assert abs(result - expected).mean() < 0.2 and abs(result - expected).max() <= 2
     assert expected.std() > 10
 
 
