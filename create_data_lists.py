@@ -168,7 +168,7 @@ def write_data_lists(train_splits, test_splits, output_folder, label_map=None, s
 
     Returns:
         The summary, which is printed too: {'classes': [names], 'TRAIN': {what: count}, 'TEST':
-        {what: count}}.
+        {what: count}}, and 'classes without objects to train on' if there are some.
     """
     output_folder = make_folder(output_folder)
     # All splits are found before any image is read. They may overlap: each image once.
@@ -224,6 +224,10 @@ def write_lists(output_folder, train, test, label_map, coco=None):
         (output_folder / 'TEST_coco.json').unlink(missing_ok=True)  # of earlier lists
     summary = {'classes': [name for name in label_map if name != 'background'],
                'TRAIN': train[2], 'TEST': test[2]}
+    found = {label for objects in train[1] for label in objects['labels']}
+    unseen = [name for name in summary['classes'] if label_map[name] not in found]
+    if found and unseen:
+        summary['classes without objects to train on'] = unseen
     if in_both := {*train[0]} & {*test[0]}:
         summary['TEST']['images that are in TRAIN, too'] = len(in_both)
     print_summary(summary, output_folder)
@@ -259,7 +263,9 @@ def print_summary(summary, output_folder):
         print(f'{name}: {counts.get("images", 0)} images, {counts.get("objects", 0)} objects')
         for what in sorted(counts.keys() - {'images', 'objects'}):
             print(f'    {what}: {counts[what]}')
-    print(f'{len(summary["classes"])} classes: {", ".join(summary["classes"])}')
+    for what in ('classes', 'classes without objects to train on'):
+        if names := summary.get(what):
+            print(f'{len(names)} {what}: {", ".join(names)}')
     print(f'written to {output_folder.resolve()}')
 
 
@@ -358,15 +364,14 @@ def read_objects(image_path, annotation_path, read, skip_broken):
     """
     objects, stated_size, counts = read()
     try:
-        size, has_orientation = open_image(image_path, decode)
+        size, image_counts = open_image(image_path, decode)
     except BrokenImageError:
         if not skip_broken:
             raise
         return None, Counter({'broken images, left out': 1})
     check_stated_size(stated_size, size, annotation_path, image_path)
     objects, clean_counts = clean_objects(objects, *size)
-    counts['images with an EXIF orientation, which is not applied'] += has_orientation
-    return objects, counts + clean_counts
+    return objects, counts + image_counts + clean_counts
 
 
 def read_voc(path, label_map):
@@ -380,12 +385,16 @@ def decode(image):
     """Decode an opened image file completely.
 
     Returns:
-        The stored (width, height), and whether an EXIF orientation rotates or flips the image.
+        The stored (width, height), and a Counter for the summary.
     """
     size = image.size
     image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which is faster
     image.load()    # applies the orientation of a TIFF, and removes it
-    return size, read_orientation(image) in TRANSPOSES
+    is_dark = image.mode.startswith('I;16') and image.getextrema()[1] < 2 ** 14
+    return size, Counter({
+        'images with an EXIF orientation, which is not applied':
+            read_orientation(image) in TRANSPOSES,
+        'images of 16 bits without values above a quarter, which are dark in 8 bits': is_dark})
 
 
 def check_stated_size(stated_size, size, annotation_path, image_path):

@@ -67,7 +67,8 @@ class Parameters:
 
     # --- model ---
 
-    # The checkpoint that train.py wrote, or an .onnx file of tools/export.py, in its own precision.
+    # The checkpoint that train.py wrote, a published one, or an .onnx file of tools/export.py, in
+    # its own precision.
     checkpoint: str = './checkpoint_ssd300.pth.tar'
 
     # --- output ---

@@ -11,6 +11,7 @@ checkpoint.
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 from typing import Literal
@@ -224,7 +225,7 @@ def main(p):
             print(f'{iteration} iterations, written to {p.checkpoint}; log and curves in '
                   f'{log_folder}')
             if iteration < p.iterations:
-                print(f'stopped; resume with --resume {p.checkpoint}')
+                print('stopped; resume with the same command and --resume auto')
     if iteration < p.iterations:
         sys.exit(1)     # so that `train.py && eval.py` does not evaluate half a run
 
@@ -510,6 +511,11 @@ def check_parameters(p):
     n_images = p.batch_size // get_world_size() + TEST_BATCH_SIZE   # in a batch of either loader
     check_shared_memory(p.workers, n_images * 3 * NETWORKS[p.network].input_size ** 2)
     make_folder(pathlib.Path(p.checkpoint).resolve().parent)     # that of a link's target
+    own = {os.path.realpath(path) for path in (p.checkpoint, sibling_path(p.checkpoint, '.best'))}
+    if (p.resume not in (None, 'auto') and os.path.realpath(p.resume) not in own
+            and os.path.exists(p.checkpoint)):
+        raise UserError(f'--resume {p.resume} would replace another checkpoint, {p.checkpoint}; '
+                        f'give the --checkpoint of that run, or a new one')
     if pathlib.Path(p.checkpoint).is_dir():
         raise UserError(f'checkpoint {p.checkpoint} is a folder; give a file in it')
     for path in (p.checkpoint, sibling_path(p.checkpoint, '.best')):
@@ -537,12 +543,14 @@ def print_summary(p, device, dtype, start, train_set, test_set):
           f'({p.iterations * p.batch_size / len(train_set):.1f} passes), {p.optimizer}, lr '
           f'{p.lr:g}, warm-up {p.warmup}, drops at {", ".join(map(str, p.decay_lr_at)) or "none"}')
     default = Parameters()
-    if p.batch_size != default.batch_size and p.decay_lr_at == default.decay_lr_at:
+    if p.optimizer == 'sgd' and p.batch_size != default.batch_size and (
+            p.lr == default.lr or p.decay_lr_at == default.decay_lr_at):
         factor = default.batch_size / p.batch_size
         drops = ' '.join(str(round(drop * factor)) for drop in default.decay_lr_at)
-        print(f'note: the schedule is for batches of {default.batch_size}; with {p.batch_size} the '
-              f'same is --iterations {round(default.iterations * factor)} --decay-lr-at {drops} '
-              f'--warmup {round(default.warmup * factor)} --lr {default.lr / factor:g}')
+        print(f'note: lr {default.lr:g} is for batches of {default.batch_size}; with '
+              f'{p.batch_size} the same is --lr {default.lr / factor:g} and {factor:g} times the '
+              f'warm-up, iterations and drops, for VOC --warmup {round(default.warmup * factor)} '
+              f'--iterations {round(default.iterations * factor)} --decay-lr-at {drops}')
     if p.warmup > p.iterations:
         print(f'warning: the warm-up of {p.warmup} iterations is longer than the run; give a '
               f'shorter --warmup')

@@ -110,7 +110,6 @@ class Alarms:
             timeout: seconds that a command may take, and each wait for the webhook's server.
         """
         self.log, self.timeout = log, timeout
-        self.log_line_end = ''  # of a line that a full disk has cut off
         self.functions = []     # (worker, function of the JSON)
         if command is not None:
             arguments = split_command(command)
@@ -129,11 +128,10 @@ class Alarms:
         except OSError as error:
             print_error(f'standard output: {error}')
         try:
+            line_end = '\n' if is_cut_off(self.log) else ''
             with open(self.log, 'a', encoding='utf-8') as log_file:
-                log_file.write(self.log_line_end + text)
-            self.log_line_end = ''
+                log_file.write(line_end + text)
         except OSError as error:
-            self.log_line_end = '\n'
             print_error(f'{self.log} cannot be written ({error.strerror}); free some space')
         for worker, function in self.functions:
             worker.submit(function, text)
@@ -142,6 +140,15 @@ class Alarms:
         """Wait for the threads; see Worker.close()."""
         for worker, _ in self.functions:
             worker.close(is_interrupted)
+
+
+def is_cut_off(path):
+    """Return whether the last line of a file has no end, as a full disk or a crash leaves it."""
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        return False
+    with open(path, 'rb') as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b'\n'
 
 
 def split_command(command):

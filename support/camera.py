@@ -7,7 +7,7 @@ the newest is kept, so that the delay does not grow. A lost connection is opened
         for item in camera.read(stopped):
             if isinstance(item, Lost): ...
 
-Frames of a file are all yielded, at the pace at which they are used, and once.
+Without `fps` the frames of a file are all yielded, at the pace at which they are used, and once.
 """
 
 import dataclasses
@@ -142,8 +142,8 @@ class Camera:
         self.interval, self.due = 1 / fps if fps else 0, -math.inf
         self.reader = None
         # What the thread hands over: the frame that is looked at next, with its times and ring; why
-        # the connection was lost; whether it is the last.
-        self.newest, self.problem, self.has_ended = None, None, False
+        # the connection was lost; whether it is the last; whether a file was read.
+        self.newest, self.problem, self.has_ended, self.was_read = None, None, False, False
         self.changed = threading.Condition()
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self._run, name='camera', daemon=True)
@@ -192,7 +192,7 @@ class Camera:
                 is_lost = False
                 yield View(image, *times_and_ring)
             elif has_ended:
-                assert not self.is_live, 'the thread of the camera has failed, see its traceback'
+                assert self.was_read, 'the thread of the camera has failed, see its traceback'
                 return
 
     def _is_silent(self):
@@ -215,6 +215,7 @@ class Camera:
                         self.newest = None
                     self.changed.notify_all()
                 if not self.is_live:
+                    self.was_read = True
                     return
                 if seconds > pause or problem == NEW_SIZE:
                     pause = FIRST_PAUSE
@@ -248,9 +249,12 @@ class Camera:
         """Hand over a frame if it is due: of a live source at once, of a file when it is wanted."""
         arrival = self.reader.arrival
         frame_time = arrival if self.is_live else frame.time
-        if frame_time < self.due:
-            return
-        self.due = max(self.due + self.interval, frame_time)
+        if self.interval:
+            if frame_time < self.due:
+                return
+            if frame_time > self.due + self.interval:   # the first one, or after a pause
+                self.due = frame_time
+            self.due += self.interval
         with self.changed:
             while not (self.is_live or self.newest is None or self.is_closed.is_set()):
                 self.changed.wait(POLL_SECONDS)

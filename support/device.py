@@ -15,6 +15,7 @@ def choose_device(name):
     Raises:
         UserError: there is no such device.
     """
+    advice = 'give --device cpu' if name == 'auto' else 'give --device cpu or auto'
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
@@ -23,8 +24,7 @@ def choose_device(name):
             torch.cuda.set_device(name)     # the default of calls that name no device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f'device {name!r} cannot be used here ({reason}); give --device cpu or '
-                        f'auto') from error
+        raise UserError(f'device {name!r} cannot be used here ({reason}); {advice}') from error
     return torch.device(name)
 
 
@@ -60,7 +60,7 @@ def move_for_training(model, device):
 
 
 def configure_gpu():
-    """Set what speeds up training on a GPU; no effect on the CPU."""
+    """Set what speeds up training on a GPU; no effect on a CPU's convolutions."""
     torch.set_float32_matmul_precision('high')      # TF32 for what stays in float32
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True           # input sizes never change: time algorithms once

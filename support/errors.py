@@ -47,7 +47,8 @@ def exit_on_user_error(main):
             # What a DataLoader's worker raises arrives with the worker's traceback before it.
             message = re.split('UserError: |BrokenImageError: ', str(error))[-1].strip()
         except torch.OutOfMemoryError as error:
-            message = f'{str(error).splitlines()[0]} Give a smaller --batch-size'
+            message = (f'{str(error).splitlines()[0]} Give train.py --grad-accumulation 2 or more, '
+                       f'other scripts a smaller --batch-size')
         except MemoryError:
             message = OUT_OF_MEMORY
         except RuntimeError as error:
@@ -107,6 +108,8 @@ def atomic_write(path):
         temporary.touch(exist_ok=False)     # a symbolic link of this name is not followed
         yield temporary
         os.replace(temporary, target)
+    except BrokenPipeError:     # of what the block prints
+        raise
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error}); free some space or choose another '
                         f'place') from error

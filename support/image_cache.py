@@ -20,8 +20,8 @@ from utils import read_image, read_image_size
 class ImageCache:
     """The decoded images of a list of files, in memory that all processes of this machine share.
 
-    Decoding a JPEG takes a quarter of the time of a training item. `cache[i]` is the i-th image, a
-    PIL image whose pixels are those in the cache, not a copy: do not keep it, do not modify it.
+    Decoding a JPEG takes a quarter of the time of a training item. `cache[i]` is the i-th image, as
+    a PIL image.
 
     Args:
         paths: the image files. First the sizes of all are read, then the memory is allocated, then
@@ -50,7 +50,7 @@ class ImageCache:
         barrier()
 
     def __getitem__(self, i):
-        return Image.frombuffer('RGB', self.sizes[i], self.pixels(i).numpy(), 'raw', 'RGB', 0, 1)
+        return Image.frombytes('RGB', self.sizes[i], self.pixels(i).numpy())
 
     def pixels(self, i):
         """Return the memory of the i-th image: (height * width * 3,) uint8."""

@@ -3,7 +3,7 @@
 from utils import open_image, read_image, to_rgb
 
 # A reduced image is at least this many times as large as what it is resized to. Then the result
-# differs by up to 0.2 of a level on average from that of the full image, and by more than 1 in 0.2 %
+# differs by up to 0.2 of a level on average from that of the full image, by more than 1 in 0.2 %
 # of the values (measured: benchmarks.md).
 MIN_REMAINING_FACTOR = 4
 

@@ -54,7 +54,11 @@ def process_group(device_name):
         raise UserError(f'with several processes each needs its own GPU, not all {device_name}; '
                         f'give --device cuda or auto')
     if device_name in ('auto', 'cuda') and torch.cuda.is_available():
-        device_name = f'cuda:{os.environ["LOCAL_RANK"]}'
+        rank, n_gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+        if rank >= n_gpus:
+            raise UserError(f'this machine has {n_gpus} GPUs; give torchrun --nproc-per-node '
+                            f'{n_gpus}')
+        device_name = f'cuda:{rank}'
     device = choose_device(device_name)
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
     try:

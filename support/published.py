@@ -107,11 +107,6 @@ class PublishedMap(NamedTuple):
     step: int                        # distance of neighboring cell centers, in pixels
     aspect_ratios: tuple[int, ...]   # width over height; each comes with its inverse
 
-    @property
-    def n_priors_per_cell(self):
-        """Two squares, and two priors per aspect ratio."""
-        return 2 + 2 * len(self.aspect_ratios)
-
 
 # By the width and height of the images. The steps are the Caffe code's. Cells of 32 pixels do not
 # tile 300: the tenth one's center lies outside the image.
@@ -284,7 +279,7 @@ def count_classes(state):
     if (not isinstance(weight, torch.Tensor) or weight.dim() != 4 or weight.is_meta
             or math.prod(weight.shape) * weight.itemsize > weight.untyped_storage().nbytes()):
         raise UserError(f'it has no complete {name}')
-    return len(weight) // PUBLISHED_MAPS[300][0].n_priors_per_cell     # 4 in either network
+    return len(weight) // 4     # priors per cell of conv4_3, in either network
 
 
 def check_classes(state, label_map):

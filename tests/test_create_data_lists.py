@@ -198,6 +198,24 @@ def test_boxes_are_in_stored_pixels_whatever_the_exif_orientation(make_voc, tmp_
     assert count_of(summary['TRAIN'], 'EXIF') == 1
 
 
+def test_class_that_only_the_test_images_have_is_named(make_voc, tmp_path, capsys):
+    root = make_voc({'train': {'a': [CAT]}, 'test': {'b': [('Cat', (1, 1, 9, 9))]}})
+    summary = write_data_lists([(root, 'train')], [(root, 'test')], tmp_path / 'out')
+    assert summary['classes without objects to train on'] == ['Cat']
+    assert '1 classes without objects to train on: Cat\n' in capsys.readouterr().out
+    summary = write_data_lists([], [(root, 'test')], tmp_path / 'out')
+    assert summary.keys() == {'classes', 'TRAIN', 'TEST'}
+
+
+@pytest.mark.parametrize('maximum, n_dark', [(4095, 1), (65535, 0)])
+def test_dark_images_of_16_bits_are_counted(make_voc, tmp_path, maximum, n_dark):
+    root = make_voc({'s': {'a': [CAT]}})
+    (root / 'JPEGImages' / 'a.jpg').unlink()
+    Image.new('I;16', (64, 48), maximum).save(root / 'JPEGImages' / 'a.tif')
+    summary = write_data_lists([(root, 's')], [], tmp_path / 'out', LABEL_MAP)
+    assert sum(count for what, count in summary['TRAIN'].items() if 'dark' in what) == n_dark
+
+
 # Each function makes image b or its split invalid and returns a pattern of the expected message.
 
 

@@ -304,7 +304,7 @@ def test_numbers_in_sentences():
     assert f'finds {100 * n_detected / n_objects:.0f} % of the objects' in text
 
     maps = {feature_map.name: feature_map for feature_map in FEATURE_MAPS}
-    for ratio, words in ((3, '{} and {} of its 300 pixels'), (2, '{} and {} pixels, to 300')):
+    for ratio, words in ((3, '{} and {} of its 300 pixels'), (2, 'too long, {} and {}:')):
         assert words.format(*(round(300 * maps[name].scale * ratio ** 0.5)
                               for name in ('conv10_2', 'conv11_2'))) in text
     assert f'add {2 * maps["conv4_3"].size ** 2:,} priors' in text

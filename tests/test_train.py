@@ -319,9 +319,17 @@ def test_checkpoint_and_what_resumes_from_it(parameters, capsys, tmp_path):
     run(parameters, iterations=2, resume=path, seed=5, weight_decay=0.25)
     out = capsys.readouterr().out
     assert 'note: seed was 0 and is 5 now' in out, out
-    assert 'note: weight_decay was 0.0005 and is 0.25 now' in out and out.count('note: ') == 2, out
+    assert 'note: weight_decay was 0.0005 and is 0.25 now' in out and out.count('note: ') == 3, out
+    assert 'note: lr 0.001 is for batches of 32; with 1 the same is --lr 3.125e-05' in out
     groups = load_checkpoint(path)['optimizer']['param_groups']
     assert [group['weight_decay'] for group in groups] == [0.25, 0.]
+
+    other = str(tmp_path / 'other.pth')
+    pathlib.Path(path).rename(other)
+    run(parameters, iterations=1)
+    error = error_of(capsys, parameters, iterations=3, resume=other)
+    assert f'--resume {other} would replace another checkpoint, {path}' in error
+    run(parameters, iterations=3, resume=other, checkpoint=str(tmp_path / 'new.pth'))
 
     label_map = tmp_path / 'lists' / 'label_map.json'
     label_map.write_text('{"background": 0, "cat": 1, "horse": 2}')
@@ -352,7 +360,7 @@ def test_first_signal_finishes_the_iteration_and_saves(parameters, capsys, small
     assert 1 <= done < 10_000
     out = capsys.readouterr().out
     assert f'{done} iterations, written to {parameters.checkpoint}' in out
-    assert f'stopped; resume with --resume {parameters.checkpoint}' in out
+    assert 'stopped; resume with the same command and --resume auto' in out
     assert signal.getsignal(number) is handler
 
 

@@ -107,10 +107,11 @@ class Parameters:
     batches: tuple[int, ...] = ()
     # Iterations of the training run from JPEG files; 0: 5 on a CPU, 1000 on a GPU.
     iterations: int = 0
-    # torch.compile of this project's side in the rows step, ssd512 and training, as in train.py.
+    # torch.compile of this project's side in the rows step, ssd512 and training, as in train.py;
+    # not in float32.
     compile: Literal['auto', 'on', 'off'] = 'auto'
-    # cpu, cuda, cuda:1, ...; auto is the GPU if there is one. Data and mAP are measured on the CPU
-    # in any case.
+    # cpu, cuda, cuda:1, ...; auto is the GPU if there is one. Data, mAP and runtimes are measured
+    # on the CPU in any case.
     device: str = 'auto'
 
     # --- output ---
@@ -239,11 +240,10 @@ def prepare_step(make_side, boxes_path, batch_size, device, dtype, compile_choic
     """
     side, first = make_side(device), 1
     side.model.train()
-    is_ours = isinstance(side, OurSide)
-    if not is_ours or dtype == torch.float32:
+    if dtype == torch.float32:
         compile_choice = 'off'
     train_on = side.prepare_training(dtype, batch_size, compile_choice)
-    if is_ours and side.network is not side.model:
+    if isinstance(side, OurSide) and side.network is not side.model:
         first = batch_size  # compiled for this size
     images = make_images(batch_size, device, side.input_size)
     boxes, labels = sample_objects(boxes_path, batch_size, device)
@@ -635,10 +635,9 @@ def measure_files(images_folder, device, repeats, n_images=64, n_frames=60):
     """Measure `detect.py`, from files to annotated files. torchvision has no such script."""
     detector, stopped = make_detector(device), threading.Event()
     common = detector, lambda *arguments, **keywords: None, stopped     # no JSON report
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        source = pathlib.Path(images_folder or draw_folder(folder / 'drawn', n_images))
-        paths = sorted((source / 'JPEGImages').glob('*.jpg'))[:n_images]
+    with (training_set(images_folder, n_images) as dataset,
+          tempfile.TemporaryDirectory() as folder):
+        folder, paths = pathlib.Path(folder), dataset.images[:n_images]
         files = [(path, folder / f'{i}.jpg') for i, path in enumerate(paths)]
         video = folder / 'video.mp4'
         write_video(video, paths[:8], n_frames)

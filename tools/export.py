@@ -122,8 +122,9 @@ def select_detections(
     index = op.Gather(kept, [0, 2, 1], axis=1)      # image, prior, class
     none_kept = op.Expand(-1.0, op.Shape(all_scores))
     kept_scores = op.ScatterND(none_kept, index, op.GatherND(all_scores, index))
-    n_best = op.Min(top_k, op.Shape(kept, end=1))
-    top_scores, top_index = op.TopK(op.Flatten(kept_scores), n_best)            # (N, n_best)
+    flat_scores = op.Flatten(kept_scores)                                       # (N, P * C)
+    n_best = op.Min(top_k, op.Shape(kept, end=1), op.Shape(flat_scores, start=1))
+    top_scores, top_index = op.TopK(flat_scores, n_best)                        # (N, n_best)
 
     # The rows of all images one after the other, each image's by falling score.
     row = op.Transpose(op.NonZero(top_scores >= 0.0))                           # (n, 2)

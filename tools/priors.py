@@ -44,10 +44,9 @@ def main(parameters):
     print(f'objects with an IoU of {THRESHOLD} or more with a prior, in percent')
     print(f'{"":20}  objects', *overlaps, sep='  ')
     for name, label in label_map.items():
-        is_class = torch.cat(labels) == label
-        if is_class.any():
-            print_row(name, is_class, overlaps)
-    print_row('all', torch.cat(labels) > 0, overlaps)
+        if (labels == label).any():
+            print_row(name, labels == label, overlaps)
+    print_row('all', labels > 0, overlaps)
 
 
 def print_row(name, chosen, overlaps):
@@ -61,7 +60,7 @@ def read_boxes(data_folder):
     """Read the objects of the TRAIN list.
 
     Returns:
-        For each image the boxes (O, 4), in fractions, and the labels (O,); the label map.
+        For each image the boxes (O, 4), in fractions; the labels (all O,); the label map.
     """
     images, all_objects, label_map = read_lists(data_folder, 'TRAIN')
     if not images:
@@ -72,7 +71,7 @@ def read_boxes(data_folder):
         size = torch.tensor(read_image_size(image))
         boxes.append(torch.tensor(objects['boxes']).view(-1, 4) / size.repeat(2))
         labels.append(torch.tensor(objects['labels'], dtype=torch.int64))
-    return boxes, labels, label_map
+    return boxes, torch.cat(labels), label_map
 
 
 def find_best_overlaps(boxes, priors_cxcy):

@@ -162,6 +162,20 @@ def test_line_after_one_that_a_full_disk_has_cut_off_is_whole(tmp_path, capsys):
         '{"event": 1}\n' '{"event' '\n' '{"event": 3}\n' '{"event": 4}\n')
 
 
+def test_line_after_one_that_could_not_be_written_follows_directly(tmp_path, capsys):
+    log = tmp_path / 'log'
+    sender = Alarms(log, None, None, 1)
+    sender.send({'event': 1})
+    log.rename(tmp_path / 'kept')
+    log.mkdir()
+    sender.send({'event': 2})
+    assert f'{log} cannot be written' in capsys.readouterr().err
+    log.rmdir()
+    (tmp_path / 'kept').rename(log)
+    sender.send({'event': 3})
+    assert log.read_text() == '{"event": 1}\n{"event": 3}\n'
+
+
 def test_interrupted_worker_tries_once(capsys):
     def fail():
         raise UserError('no')

@@ -31,7 +31,7 @@ from support.errors import (
     (UserError('Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent '
                'call last):\n  File "a.py"\nsupport.errors.BrokenImageError: photo.jpg: cannot be '
                'decoded\n'), 'photo.jpg: cannot be decoded'),
-    (torch.OutOfMemoryError('CUDA out of memory.\nDetails'), 'Give a smaller --batch-size'),
+    (torch.OutOfMemoryError('CUDA out of memory.\nDetails'), 'Give train.py --grad-accumulation'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), 'fewer --workers'),
     (RuntimeError('Pin memory thread exited unexpectedly'), 'fewer --workers'),
     (EOFError(), 'fewer --workers'), (ConnectionResetError(), 'fewer --workers'),
@@ -103,6 +103,8 @@ def test_file_is_written_completely_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
         temporary.write_text('half')
         1 / 0  # noqa: B018
+    with pytest.raises(BrokenPipeError), atomic_write(path):    # of what the block prints
+        raise BrokenPipeError
     with pytest.raises(UserError, match='result.txt.*No space left'), atomic_write(path):
         raise OSError(errno.ENOSPC, 'No space left on device')
     assert path.read_text() == 'new'

@@ -125,8 +125,9 @@ def test_feature_maps_are_those_of_the_network(network, n_priors):
     maps = published.PUBLISHED_MAPS[network.input_size]
     for theirs, ours in zip(maps, network.feature_maps, strict=True):
         assert (theirs.name, theirs.size) == (ours.name, ours.size)
-        assert theirs.n_priors_per_cell == ours.n_priors_per_cell
-    assert [theirs.n_priors_per_cell for theirs in maps] == n_priors
+        # Two squares, and two priors per aspect ratio
+        assert 2 + 2 * len(theirs.aspect_ratios) == ours.n_priors_per_cell
+    assert [ours.n_priors_per_cell for ours in network.feature_maps] == n_priors
 
 
 def test_priors_are_spread_row_by_row():

@@ -155,6 +155,19 @@ def test_selection_of_detections_is_that_of_detect_objects():
             assert_equal([tensor.split(counts) for tensor in detections], expected, 1e-6)
 
 
+def test_selection_of_more_detections_than_an_image_can_have():
+    session = onnxruntime.InferenceSession(
+        export.select_detections.to_model_proto().SerializeToString())
+    boxes, scores = torch.rand(2, 400, 4), torch.rand(2, 400, 1) * 0.9 + 0.1
+    boxes[:, :, 2:] += boxes[:, :, :2]
+    found = session.run(None, {
+        'all_boxes': boxes.numpy(), 'all_scores': scores.numpy(),
+        **{name: torch.tensor(value).numpy() for name, value in (
+            ('min_score', 0.), ('max_overlap', 1.), ('top_k', sys.maxsize))}})
+    assert torch.equal(torch.from_numpy(found[2]),
+                       scores.flatten(1).sort(descending=True).values.flatten())
+
+
 @pytest.mark.parametrize('n_images', [1, 3])
 @pytest.mark.parametrize('thresholds', [EVALUATION, VISUALIZATION,
                                         {'min_score': 1., 'max_overlap': .5, 'top_k': 5}])
