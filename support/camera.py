@@ -113,7 +113,10 @@ class RingReader(VideoReader):
                 if self.is_live:
                     raise UserError(NEW_SIZE)
                 self.ring.close()
-                self.ring = self._make_ring()
+                old, self.ring = self.ring, self._make_ring()
+                # The decoder runs late: the packets of these frames are in the old ring already.
+                self.ring.take(old, next(frame.pts for frame in frames
+                                         if (frame.width, frame.height) == size))
             self.size = size
         return frames
 

@@ -93,6 +93,13 @@ class Ring:
         for function, *clip in clips:
             function(*clip)
 
+    def take(self, ring, pts):
+        """Add the packets of a closed ring from the key frame of a presentation time on."""
+        for group in ring.groups:
+            if self.groups or (pts is not None and group[0].pts == pts):
+                self.groups.append(group)
+                self.n_bytes += sum(len(packet.content) for packet in group)
+
     def _remove_old(self, time):
         """Remove packets before the last key frame that is older than needed; limit the bytes.
 

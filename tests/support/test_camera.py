@@ -13,6 +13,7 @@ from PIL import Image
 
 from support import camera
 from support.camera import Camera, Lost, RingReader
+from support.clips import write_clip
 from support.errors import UserError
 
 COLORS = ('red', 'lime', 'blue')
@@ -369,6 +370,24 @@ def video(tmp_path):
     path = tmp_path / 'a.mkv'
     write_video(path, 'mpeg4', 50)
     return path
+
+
+def test_clip_after_a_new_size_in_a_file_begins_with_its_key_frame(tmp_path):
+    """Threads of the H.264 decoder return a frame when later packets are in the ring already."""
+    content = b''
+    for size in ((64, 48), (96, 72)):
+        write_video(tmp_path / 'a.ts', 'libx264', 40, size)
+        content += (tmp_path / 'a.ts').read_bytes()
+    (tmp_path / 'a.ts').write_bytes(content)
+    with Camera(str(tmp_path / 'a.ts'), 5., fps=None, seconds=100) as source:
+        *_, view = source.read(threading.Event())
+    packets = [packet for group in view.ring.groups for packet in group]
+    assert packets[0].is_keyframe and len(packets) == 40
+    clip_path = tmp_path / f'clip{view.ring.suffix}'
+    write_clip(clip_path, view.ring.templates, packets)
+    with av.open(str(clip_path)) as clip:
+        sizes = [(frame.width, frame.height) for frame in clip.decode(video=0)]
+    assert sizes == 40 * [(96, 72)]
 
 
 def test_every_frame_of_a_file_is_yielded_once(video):
