@@ -212,7 +212,7 @@ def select_classes(label_map, classes, suppress):
     unknown = (set(classes or ()) | set(suppress or ())) - set(names)
     if unknown:
         raise UserError(f'no class is named {", ".join(sorted(unknown))}; the model has '
-                        f'{", ".join(used_names(label_map)[1:])}')
+                        f'{", ".join(used_names(names))}')
     return set(classes or names) - set(suppress or ())
 
 

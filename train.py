@@ -511,14 +511,14 @@ def check_parameters(p):
     n_images = p.batch_size // get_world_size() + TEST_BATCH_SIZE   # in a batch of either loader
     check_shared_memory(p.workers, n_images * 3 * NETWORKS[p.network].input_size ** 2)
     make_folder(pathlib.Path(p.checkpoint).resolve().parent)     # that of a link's target
-    own = {os.path.realpath(path) for path in (p.checkpoint, sibling_path(p.checkpoint, '.best'))}
-    if (p.resume not in (None, 'auto') and os.path.realpath(p.resume) not in own
-            and os.path.exists(p.checkpoint)):
-        raise UserError(f'--resume {p.resume} would replace another checkpoint, {p.checkpoint}; '
-                        f'give the --checkpoint of that run, or a new one')
     if pathlib.Path(p.checkpoint).is_dir():
         raise UserError(f'checkpoint {p.checkpoint} is a folder; give a file in it')
-    for path in (p.checkpoint, sibling_path(p.checkpoint, '.best')):
+    own_files = p.checkpoint, sibling_path(p.checkpoint, '.best')
+    if (p.resume not in (None, 'auto') and os.path.exists(p.checkpoint)
+            and os.path.realpath(p.resume) not in map(os.path.realpath, own_files)):
+        raise UserError(f'--resume {p.resume} would replace another checkpoint, {p.checkpoint}; '
+                        f'give the --checkpoint of that run, or a new one')
+    for path in own_files:
         remove_stale_temporaries(path)
 
 

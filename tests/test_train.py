@@ -433,7 +433,8 @@ def test_warnings_of_a_schedule_that_does_not_fit(parameters, capsys, small_netw
     run(parameters, iterations=1, decay_lr_at=train.Parameters().decay_lr_at)
     out = capsys.readouterr().out
     assert 'the drop of the rate at 80000 never comes' in out
-    assert '--iterations 1920000 --decay-lr-at 1280000 1600000 --warmup 16000 --lr 6.25e-05' in out
+    assert '--lr 6.25e-05 and 16 times the warm-up, iterations and drops' in out
+    assert '--warmup 16000 --iterations 1920000 --decay-lr-at 1280000 1600000' in out
     assert 'the warm-up of 2 iterations is longer than the run' in out
     assert 'within the warm-up' not in out
     run(parameters, iterations=3)
