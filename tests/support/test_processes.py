@@ -70,6 +70,14 @@ def test_several_ranks_cannot_share_a_gpu(monkeypatch):
         pass
 
 
+def test_more_ranks_than_gpus_are_a_user_error(monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(UserError, match='1 GPUs.*--nproc-per-node 1'), process_group('auto'):
+        pass
+
+
 @pytest.mark.parametrize('error', [
     RuntimeError('[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] '
                  'Connection closed by peer [127.0.0.1]:39818. This is typically caused by a '
