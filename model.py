@@ -64,7 +64,8 @@ class FeatureMap(NamedTuple):
 
 # The priors, the prediction convolutions and the number 8732 come from this table; another input
 # size means another table (see `SSD512`). Sizes: figure 2 of the paper. Scales: 0.2 to 0.9 in equal
-# steps (section 2.2), and 0.1 for conv4_3 (section 3.1, which also gives the aspect ratios).
+# steps (section 2.2), and 0.1 for conv4_3 (section 3.1, which also gives the aspect ratios). In the
+# Caffe code: 0.1, 0.2, 0.37, 0.54, 0.71, 0.88.
 FEATURE_MAPS = (
     FeatureMap('conv4_3', 512, 38, 0.1, (1., 2., 1 / 2)),
     FeatureMap('conv7', 1024, 19, 0.2, (1., 2., 3., 1 / 2, 1 / 3)),
@@ -75,9 +76,10 @@ FEATURE_MAPS = (
 )
 N_PRIORS = sum(feature_map.size ** 2 * feature_map.n_priors_per_cell
                for feature_map in FEATURE_MAPS)     # 8732
+SCALES = (*(feature_map.scale for feature_map in FEATURE_MAPS), 1.)     # 1: the whole image
 
 
-def create_prior_boxes(scales=None, feature_maps=FEATURE_MAPS):
+def create_prior_boxes(scales=SCALES, feature_maps=FEATURE_MAPS):
     """Create the priors of all feature maps.
 
     Map by map, cell by cell (row by row). In a cell: aspect ratio 1, the additional square, then
@@ -85,19 +87,18 @@ def create_prior_boxes(scales=None, feature_maps=FEATURE_MAPS):
     height = s / sqrt(r), so that the area is s * s for every r.
 
     Args:
-        scales: those of the maps, and of the one that would follow; None: those of the table, and
-            1, the whole image.
+        scales: those of the maps, and of the one that would follow.
         feature_maps: the table.
 
     Returns:
         (P, 4), center and size (cx, cy, w, h) in fractions of the image. No side is longer than the
-        image's (the last maps would have a few), but priors may reach beyond its border.
+        image's (the last maps would have a few, and do in the Caffe code), but priors may reach
+        beyond its border.
     """
     priors = []
-    scales = scales or [*(feature_map.scale for feature_map in feature_maps), 1.]
     for feature_map, scale, next_scale in zip(feature_maps, scales, scales[1:]):
         sizes = [(scale * math.sqrt(r), scale / math.sqrt(r)) for r in feature_map.aspect_ratios]
-        # From one map to the next the scale grows by a factor of 1.2 to 2.5. The additional square,
+        # From one map to the next the scale grows by a factor of up to 2.5. The additional square,
         # at the geometric mean of both scales, covers the objects in between (section 2.2).
         middle = math.sqrt(scale * next_scale)
         sizes.insert(1, (middle, middle))
@@ -215,7 +216,8 @@ class VGGBase(nn.Module):
                  if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))
                  and not name.startswith(('conv6', 'conv7'))]
         assert len(numbers) == len(names), f'{len(numbers)} and {len(names)} layers'
-        state |= {f'{names[numbers.index(int(number))]}.{kind}': vgg[f'features.{number}.{kind}']
+        name_of = dict(zip(numbers, names))     # {0: 'conv1_1', 2: 'conv1_2', 5: 'conv2_1', ...}
+        state |= {f'{name_of[int(number)]}.{kind}': vgg[f'features.{number}.{kind}']
                   for _, number, kind in features}
 
         # A fully connected layer is a convolution whose kernel covers its whole input: 7x7 cells of
@@ -258,7 +260,7 @@ class AuxiliaryConvolutions(nn.Module):
         self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3)
 
-        for layer in self.children():
+        for layer in self.children():   # (Caffe's xavier has a variance of 1 / fan-in)
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -363,7 +365,7 @@ class SSD300(nn.Module):
     input_size = INPUT_SIZE     # width and height of the images, in pixels
     feature_maps = FEATURE_MAPS
     make_aux_convs = AuxiliaryConvolutions
-    create_prior_boxes = staticmethod(create_prior_boxes)
+    scales = SCALES             # of the priors, see `create_prior_boxes()`
 
     def __init__(self, n_classes):
         super().__init__()
@@ -382,6 +384,11 @@ class SSD300(nn.Module):
         self.register_buffer('priors_cxcy', self.create_prior_boxes())
         for name, value in CONSTANTS.items():
             self.register_buffer(name, torch.tensor(value))
+
+    @classmethod
+    def create_prior_boxes(cls, scales=None):
+        """Create the priors (P, 4) of this network; None: with its scales."""
+        return create_prior_boxes(scales or cls.scales, cls.feature_maps)
 
     def normalize(self, images):
         """Convert uint8 images (N, 3, 300, 300) to the floats that `forward()` takes."""
@@ -505,22 +512,19 @@ def find_candidates(probabilities, min_score):
     Returns:
         image, label, prior and score of the M candidates: (M,) each.
     """
-    n_images, _, n_classes = probabilities.shape
     is_candidate = probabilities > min_score                                # (N, P, C)
     is_candidate[:, :, 0] = False
-    image, prior, label = is_candidate.nonzero(as_tuple=True)               # (M,) each
 
     # Only a network that has learned little has more than 400 in a class of an image. Find these R
     # (image, class) pairs, and keep their best 400.
-    counts = torch.bincount(image * n_classes + label, minlength=n_images * n_classes)
-    if (counts > MAX_CANDIDATES).any():
-        full = counts.view(n_images, n_classes) > MAX_CANDIDATES
-        full_image, full_label = full.nonzero(as_tuple=True)                # (R,) both
+    is_full = is_candidate.sum(dim=1) > MAX_CANDIDATES                      # (N, C)
+    full_image, full_label = is_full.nonzero(as_tuple=True)                 # (R,) both
+    if len(full_image) > 0:
         rows = probabilities[full_image, :, full_label]                     # (R, P)
         best = rows.topk(MAX_CANDIDATES, dim=1).indices                     # (R, 400)
         is_candidate[full_image, :, full_label] = False
         is_candidate[full_image[:, None], best, full_label[:, None]] = True
-        image, prior, label = is_candidate.nonzero(as_tuple=True)
+    image, prior, label = is_candidate.nonzero(as_tuple=True)               # (M,) each
     return image, label, prior, probabilities[image, prior, label]
 
 
@@ -542,7 +546,7 @@ class MultiBoxLoss(nn.Module):
             negatives of the highest cross entropy (see `hard_negatives()`).
     L_loc:  smooth L1 between predicted and true offsets, summed over the positive priors and their
             four offsets; a negative has no object, so no true offsets.
-    N_pos:  number of positive priors in the batch, at least 1.
+    N_pos:  number of positive priors in the batch, at least 1; per batch, as in the Caffe code.
 
     All images are processed at once, and nothing synchronizes with the GPU: no `.item()`, no
     indexing with a mask.
@@ -602,7 +606,8 @@ class MultiBoxLoss(nn.Module):
 
         First, every object gets one prior of its own, however small their IoU: otherwise an object
         that no prior overlaps by half, as most small and narrow ones, would have no positive prior
-        and never be learned. Then every other prior is matched to the object of the highest IoU:
+        and never be learned. Then every other prior is matched to the object of the highest IoU.
+        Two objects with the same best prior are not in the paper; this is the Caffe code's order:
 
             for each image:
                 repeat once per object:
@@ -651,7 +656,8 @@ class MultiBoxLoss(nn.Module):
         cross_entropy = F.cross_entropy(predicted_scores.float().flatten(0, 1),
                                         true_classes.flatten(), reduction='none')
         cross_entropy = cross_entropy.view(n_images, n_priors)          # (N, P)
-        # neg_pos_ratio per positive of the same image, so none in an image without objects.
+        # neg_pos_ratio per positive of the same image, as in the Caffe code, so none in an image
+        # without objects.
         n_hard = self.neg_pos_ratio * positive.sum(dim=1, keepdim=True)         # (N, 1)
         hard = hard_negatives(cross_entropy.detach(), positive, n_hard)
         conf_loss = cross_entropy.masked_fill(~(positive | hard), 0)    # (N, P)
@@ -665,31 +671,22 @@ def force_one_prior_per_object(overlap):
         overlap: (N, O, P), IoU of objects and priors.
 
     Returns:
-        (N, O, P), with 2 for the chosen pairs, so that their priors prefer these objects.
+        (N, O, P), with 2 for the chosen pairs, so that `max()` assigns each prior to its object.
     """
     n_images, n_objects, n_priors = overlap.shape
-    overlap, device = overlap.clone(), overlap.device
-    image, objects = torch.arange(n_images, device=device), torch.arange(n_objects, device=device)
-
-    # An object needs only its K = O best priors: the other O - 1 objects can take no more than
-    # O - 1 of them. Of equal IoUs topk() may return any prior. For the same result whatever the
-    # padding and the device, subtract 1e-15 * index, in float64: far less than any different IoUs
-    # above 0.001 differ by.
-    tie_breaker = 1e-15 * torch.arange(n_priors, dtype=torch.float64, device=device)
-    best_overlaps, best_priors = (overlap - tie_breaker).topk(min(n_objects, n_priors), dim=2)
-
+    image = torch.arange(n_images, device=overlap.device)
+    remaining, overlap = overlap.clone(), overlap.clone()
+    zero = overlap.new_zeros(())    # on the same device
     for _ in range(n_objects):
-        # In each image, the pair of the highest IoU; its place in the flattened (O, K)
-        highest, place = best_overlaps.flatten(1).max(dim=1)                    # (N,) both
-        obj = place // best_overlaps.shape[2]                                   # (N,)
-        prior = best_priors.flatten(1)[image, place]                            # (N,)
+        # In each image, the pair of the highest IoU; of equal ones the first
+        highest, pair = remaining.flatten(1).max(dim=1)                         # (N,) both
+        obj, prior = pair // n_priors, pair % n_priors                          # (N,) both
         # Match it. Where no object is left, the highest IoU is 0 and nothing changes.
         current = overlap[image, obj, prior]
         overlap[image, obj, prior] = current.masked_fill(highest > 0, 2)
         # Leave its object and its prior out of the following rounds.
-        is_taken = ((objects.view(1, -1, 1) == obj.view(-1, 1, 1))
-                    | (best_priors == prior.view(-1, 1, 1)))                    # (N, O, K)
-        best_overlaps = best_overlaps.masked_fill(is_taken, 0)
+        remaining[image, obj] = zero
+        remaining[image, :, prior] = zero
     return overlap
 
 
@@ -698,7 +695,7 @@ def hard_negatives(cross_entropy, positive, n_hard):
 
     Of 8732 priors a few dozen are positive. If all negatives counted, the loss would be little else
     than background, and predicting nothing but background would be nearly perfect. So the network
-    learns only from the negatives it gets most wrong, three per positive (section 2.2).
+    learns only from the negatives of the highest cross entropy, three per positive (section 2.2).
 
     Args:
         cross_entropy: (N, P).
@@ -762,8 +759,4 @@ class SSD512(SSD300):
     input_size = 512
     feature_maps = FEATURE_MAPS_512
     make_aux_convs = AuxiliaryConvolutions512
-
-    @staticmethod
-    def create_prior_boxes(scales=SCALES_512):
-        """Create the priors (P, 4), see the function `create_prior_boxes()`."""
-        return create_prior_boxes(scales, FEATURE_MAPS_512)
+    scales = SCALES_512

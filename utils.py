@@ -40,7 +40,14 @@ from support.errors import BrokenImageError, UserError
 voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
               'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
               'train', 'tvmonitor')
-label_map = {'background': 0, **{name: index for index, name in enumerate(voc_labels, 1)}}
+
+
+def number_classes(names):
+    """Return the label map of class names, from 1 in the given order; background is 0."""
+    return {'background': 0, **{name: index for index, name in enumerate(names, 1)}}
+
+
+label_map = number_classes(voc_labels)
 rev_label_map = {index: name for name, index in label_map.items()}
 
 
@@ -48,7 +55,7 @@ def default_label_map(n_classes):
     """Return VOC's label map for 21 classes, and numbered names for any other number of them."""
     if n_classes == len(label_map):
         return dict(label_map)
-    return {'background': 0, **{f'class {i}': i for i in range(1, n_classes)}}
+    return number_classes(f'class {i}' for i in range(1, n_classes))
 
 
 def distinct_colors(label_map):
@@ -205,12 +212,12 @@ def non_max_suppression(boxes, scores, max_overlap, groups=None):
         # Boxes without area overlap nothing.
         padded_boxes = boxes[indices].masked_fill(is_padding.unsqueeze(2), 0)
         overlap = find_jaccard_overlap(padded_boxes, padded_boxes)  # (groups, longest, longest)
-        is_kept[indices[suppress(overlap, max_overlap) & ~is_padding]] = True
+        is_kept[indices[find_unsuppressed(overlap, max_overlap) & ~is_padding]] = True
     return by_score[is_kept[by_score]]
 
 
-def suppress(overlap, max_overlap):
-    """Greedy non-maximum suppression of boxes that are sorted by falling score, without a loop.
+def find_unsuppressed(overlap, max_overlap):
+    """Find what greedy non-maximum suppression keeps of boxes sorted by falling score, in rounds.
 
     Each round decides on all boxes anew: a box stays unless a box that was kept in the previous
     round suppresses it (before round 1 all are kept). Let a suppress b, and b suppress c. Round 1
@@ -238,7 +245,7 @@ def suppress(overlap, max_overlap):
         keep = still_kept
 
 
-# IoUs that are computed at once: 4 MiB, which fit into the cache of a CPU.
+# IoUs that are computed at once, for more than one group: 4 MiB fit into the cache of a CPU.
 MAX_OVERLAPS_AT_ONCE = 2 ** 20
 
 
@@ -297,9 +304,12 @@ def parse_objects(root, annotation_path, label_map):
         name = (obj.findtext('name') or '').strip()
         if not name.isprintable() or not name:
             raise UserError(f'{where}: {name!r} is not a class name; correct <name>...</name>')
-        if label_map is not None and (name not in label_map or name == 'background'):
-            raise UserError(f'{where}: class {name!r} is none of {sorted(label_map)}; '
-                            f'correct it, or add it to the classes')
+        if name == 'background':
+            raise UserError(f"{where}: class 'background' stands for no object; rename it")
+        if label_map is not None and name not in label_map:
+            raise UserError(f'{where}: class {name!r} is none of '
+                            f'{sorted(label_map.keys() - {"background"})}; correct it, or add it '
+                            f'to the classes')
         x_min, y_min, x_max, y_max = (read_number(obj, f'bndbox/{corner}', where)
                                       for corner in ('xmin', 'ymin', 'xmax', 'ymax'))
         boxes.append([x_min - 1, y_min - 1, x_max, y_max])
@@ -433,7 +443,7 @@ CROP_TRIES = 50
 def transform(image, boxes, labels, difficulties, split, antialias=True, size=INPUT_SIZE):
     """Convert an image and its objects to the network's input, with augmentation in training.
 
-    TRAIN: random colors, zoom-out, crop, flip and warp, drawn from Python's `random`. TEST: the
+    TRAIN: random colors, zoom-out, crop, flip and warp, sampled with Python's `random`. TEST: the
     warp alone; no object is dropped.
 
     Args:
@@ -466,20 +476,20 @@ def transform(image, boxes, labels, difficulties, split, antialias=True, size=IN
 
 
 def sample_zoom_out(width, height):
-    """Draw a window of 1 to 4 times the image's width and height, the image anywhere in it."""
+    """Sample a window of 1 to 4 times the image's width and height, the image anywhere in it."""
     zoom = random.uniform(1, 4)
     left, top = (random.uniform(0, (zoom - 1) * side) for side in (width, height))
     return (-left, -top, zoom * width - left, zoom * height - top)
 
 
 def sample_crop(window, boxes):
-    """Draw a part of a window that keeps at least one object (section 2.2 of the paper).
+    """Sample a part of a window that keeps at least one object (section 2.2 of the paper).
 
-        draw an option of CROP_OPTIONS; None: return the whole window
-        up to 50 times: draw a crop, with sides 0.3 to 1 times the window's and an aspect ratio in
-            pixels of 0.5 to 2; return it if it keeps an object whose IoU with it reaches the
-            option's minimum
-        else draw another option
+        sample an option of CROP_OPTIONS; None: return the whole window
+        up to 50 times: sample a crop, with sides 0.3 to 1 times the window's (from 0.1 in the
+            paper) and an aspect ratio in pixels of 0.5 to 2; return it if it keeps an object whose
+            IoU with it reaches the option's minimum
+        else sample another option
 
     Args:
         window: (x_min, y_min, x_max, y_max) in pixels of the source image.
@@ -545,7 +555,7 @@ def flip(boxes):
 
 
 def sample_colors():
-    """Draw the arguments of `distort()`, each change with probability 0.5.
+    """Sample the arguments of `distort()`, each change with probability 0.5.
 
     The ranges are those of the published Caffe code, but for hue: its 18 are steps of 2 degrees.
     """
@@ -612,17 +622,14 @@ def warp(image, window, change=None, antialias=True, size=INPUT_SIZE):
         spans.append((first, last, max(0., low + first * step), min(side, low + last * step)))
     (left, right, x_min, x_max), (top, bottom, y_min, y_max) = spans
     result = Image.new('RGB', (size, size), FILLER)
-    if left >= right or top >= bottom:
-        return result
-    part_size, box = (right - left, bottom - top), (x_min, y_min, x_max, y_max)
-    if antialias:
-        part = image.resize(part_size, Image.Resampling.BILINEAR, box)
-    else:
-        part = image.transform(part_size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
-    part = change(part) if change else part
-    if part.size == result.size:
-        return part
-    result.paste(part, (left, top))
+    if left < right and top < bottom:
+        part_size, box = (right - left, bottom - top), (x_min, y_min, x_max, y_max)
+        if antialias:
+            part = image.resize(part_size, Image.Resampling.BILINEAR, box)
+        else:
+            part = image.transform(part_size, Image.Transform.EXTENT, box,
+                                   Image.Resampling.BILINEAR)
+        result.paste(change(part) if change else part, (left, top))
     return result
 
 
@@ -781,17 +788,17 @@ def match_detections(image, boxes, true_image, true_boxes, difficult):
     highest.scatter_reduce_(0, detection, overlap, 'amax')
     # Of equal IoUs the first object: the lowest index (amin). The index n_objects means none.
     candidate = torch.where(overlap == highest[detection], obj, n_objects)
-    assigned = torch.full((n_detections,), n_objects).scatter_reduce_(0, detection, candidate,
-                                                                      'amin')
-    overlaps = highest >= 0.5
-    assigned[~overlaps] = n_objects
+    assigned = torch.full((n_detections,), n_objects)
+    assigned.scatter_reduce_(0, detection, candidate, 'amin')
+    has_object = highest >= 0.5
+    assigned[~has_object] = n_objects
 
     # The first detection of each object is the one of the lowest index.
     index = torch.arange(n_detections)
     first_detection = torch.full((n_objects + 1,), n_detections)
     first_detection.scatter_reduce_(0, assigned, index, 'amin')
     ignored = torch.cat([difficult, difficult.new_zeros(1)])[assigned]
-    true_positive = overlaps & ~ignored & (first_detection[assigned] == index)
+    true_positive = has_object & ~ignored & (first_detection[assigned] == index)
     return true_positive, ~true_positive & ~ignored, assigned
 
 

@@ -29,10 +29,10 @@ from model import (
 from support.checkpoints import load_checkpoint
 from support.errors import UserError, atomic_write, exit_on_user_error
 from tools.shapes import OUTLINES, draw_image
-from utils import transform
+from utils import number_classes, transform
 
 NUMBER, SEED = 1030, 0      # of the image, see tools/shapes.py
-LABEL_MAP = {'background': 0, **{name: i for i, name in enumerate(sorted(OUTLINES), 1)}}
+LABEL_MAP = number_classes(sorted(OUTLINES))
 PATH = pathlib.Path(__file__).resolve().parent.parent / 'img' / 'example.json'
 BACKGROUND = 20.            # score of the background in the rows that the file does not hold
 
