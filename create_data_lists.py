@@ -18,6 +18,7 @@ import os
 import pathlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import tyro
 from torchvision.datasets import VOCDetection
@@ -30,6 +31,7 @@ from support.coco_lists import (
     parse_exports,
     read_exports,
 )
+from support.data_lists import is_label_map
 from support.errors import (
     BrokenImageError,
     UserError,
@@ -41,6 +43,7 @@ from support.images import TRANSPOSES, read_orientation
 from utils import (
     IMAGE_SUFFIXES,
     label_map as voc_label_map,
+    number_classes,
     open_image,
     parse_objects,
     read_number,
@@ -103,6 +106,7 @@ def main(parameters):
         train_splits = [parse_split(text) for text in p.train]
         test_splits = [parse_split(text) for text in p.test]
     else:
+        make_folder(p.output_folder)    # before the download
         paths = download_voc(p.download) if p.download else (p.voc07_path, p.voc12_path)
         train_splits, test_splits = voc_splits(*paths)
         label_map = voc_label_map
@@ -171,18 +175,15 @@ def write_data_lists(train_splits, test_splits, output_folder, label_map=None, s
         {what: count}}, and 'classes without objects to train on' if there are some.
     """
     output_folder = make_folder(output_folder)
-    # All splits are found before any image is read. They may overlap: each image once.
-    train_files, test_files = (
-        dict.fromkeys(pair for folder, split in splits for pair in find_files(folder, split))
-        for splits in (train_splits, test_splits))
-    train, test = (
-        read_images(name, [
-            (image_path, annotation_path, functools.partial(read_voc, annotation_path, label_map))
-            for annotation_path, image_path in files], skip_broken)
-        for name, files in (('TRAIN', train_files), ('TEST', test_files)))
+    # All splits are found before any image is read.
+    train_files = list_files(train_splits, label_map)
+    test_files = list_files(test_splits, label_map)
+    train = read_images('TRAIN', train_files, skip_broken)
+    test = read_images('TEST', test_files, skip_broken)
     if label_map is None:
-        all_objects = train[1] + test[1]
-        label_map = number_classes(find_classes(all_objects))
+        all_objects = train.objects + test.objects
+        label_map = number_classes(sorted({name for objects in all_objects
+                                           for name in objects['labels']}))
         for objects in all_objects:
             objects['labels'] = [label_map[name] for name in objects['labels']]
     return write_lists(output_folder, train, test, label_map)
@@ -202,11 +203,11 @@ def write_coco_lists(train_splits, test_splits, output_folder, label_map=None, s
     output_folder = make_folder(output_folder)
     data = {'TRAIN': read_exports(train_splits), 'TEST': read_exports(test_splits)}
     label_map = label_map or number_classes(class_names(data['TRAIN'] + data['TEST']))
-    train, test = (
-        read_images(name, files_to_read(data[name], label_map, keep_crowds=name == 'TEST'),
-                    skip_broken)
-        for name in data)
-    coco = join_for_evaluation(data['TEST'], set(test[0]), label_map)
+    train_files = files_to_read(data['TRAIN'], label_map, keep_crowds=False)
+    test_files = files_to_read(data['TEST'], label_map, keep_crowds=True)
+    train = read_images('TRAIN', train_files, skip_broken)
+    test = read_images('TEST', test_files, skip_broken)
+    coco = join_for_evaluation(data['TEST'], set(test.images), label_map)
     return write_lists(output_folder, train, test, label_map, coco)
 
 
@@ -214,38 +215,25 @@ def write_lists(output_folder, train, test, label_map, coco=None):
     """Write the lists, print and return the summary; see `write_data_lists()`.
 
     Args:
-        train, test: as `read_images()` returns them.
+        train, test: SplitLists.
         coco: for TEST_coco.json; None removes it.
     """
+    assert is_label_map(label_map), f'{label_map} is not background 0, and 1, 2, ...'
     contents = {} if coco is None else {'TEST_coco': coco}
-    write_files(output_folder, TRAIN_images=train[0], TRAIN_objects=train[1], TEST_images=test[0],
-                TEST_objects=test[1], label_map=label_map, **contents)
+    write_files(output_folder, TRAIN_images=train.images, TRAIN_objects=train.objects,
+                TEST_images=test.images, TEST_objects=test.objects, label_map=label_map, **contents)
     if coco is None:
         (output_folder / 'TEST_coco.json').unlink(missing_ok=True)  # of earlier lists
     summary = {'classes': [name for name in label_map if name != 'background'],
-               'TRAIN': train[2], 'TEST': test[2]}
-    found = {label for objects in train[1] for label in objects['labels']}
+               'TRAIN': train.counts, 'TEST': test.counts}
+    found = {label for objects in train.objects for label in objects['labels']}
     unseen = [name for name in summary['classes'] if label_map[name] not in found]
     if found and unseen:
         summary['classes without objects to train on'] = unseen
-    if in_both := {*train[0]} & {*test[0]}:
+    if in_both := {*train.images} & {*test.images}:
         summary['TEST']['images that are in TRAIN, too'] = len(in_both)
     print_summary(summary, output_folder)
     return summary
-
-
-def find_classes(all_objects):
-    """Return the sorted names of all classes in objects whose labels are still names."""
-    names = sorted({name for objects in all_objects for name in objects['labels']})
-    if 'background' in names:
-        raise UserError("a class of the annotations is named 'background', which stands for no "
-                        "object; rename it")
-    return names
-
-
-def number_classes(names):
-    """Return the label map of class names, from 1 in the given order; background is 0."""
-    return {'background': 0, **{name: label for label, name in enumerate(names, 1)}}
 
 
 def write_files(folder, **contents):
@@ -260,7 +248,7 @@ def print_summary(summary, output_folder):
     """Print the counts of both lists, the classes and the folder."""
     for name in ('TRAIN', 'TEST'):
         counts = summary[name]
-        print(f'{name}: {counts.get("images", 0)} images, {counts.get("objects", 0)} objects')
+        print(f'{name}: {counts["images"]} images, {counts["objects"]} objects')
         for what in sorted(counts.keys() - {'images', 'objects'}):
             print(f'    {what}: {counts[what]}')
     for what in ('classes', 'classes without objects to train on'):
@@ -274,16 +262,21 @@ def print_summary(summary, output_folder):
 # --------------------------------------------------------------------------------------------------
 
 
+class SplitLists(NamedTuple):
+    """What is written of TRAIN or TEST."""
+
+    images: list    # paths
+    objects: list   # of each image {'boxes', 'labels', 'difficulties'}
+    counts: dict    # {what: count}, for the summary
+
+
 def read_images(name, files, skip_broken):
-    """Read the images of `name`, TRAIN or TEST, and their objects.
+    """Read the images of `name`, TRAIN or TEST, and their objects; returns SplitLists.
 
     Args:
         files: for each image its path, that of its annotation, and a function that returns its
             objects, the stated (width, height), 0 for unknown, and a Counter for the summary.
         skip_broken: leave out images that cannot be decoded, in place of stopping at the first.
-
-    Returns:
-        The image paths, their objects and {what: count}.
     """
     images, all_objects, counts = [], [], Counter()
     for (image_path, *_), (objects, image_counts) in zip(
@@ -295,14 +288,25 @@ def read_images(name, files, skip_broken):
             counts['images without objects, left out'] += 1
             continue
         counts['images'] += 1
-        counts['images without objects, kept'] += not objects['boxes']
+        if not objects['boxes']:
+            counts['images without objects, kept'] += 1
         images.append(str(image_path))
         all_objects.append(objects)
-    return images, all_objects, dict(+counts)  # + leaves out the zeros
+    return SplitLists(images, all_objects, {'images': 0, 'objects': 0, **counts})
+
+
+def list_files(splits, label_map):
+    """List the images of splits with functions for their objects, as `read_images()` takes them.
+
+    Splits may overlap: each image once.
+    """
+    pairs = dict.fromkeys(pair for folder, split in splits for pair in find_files(folder, split))
+    return [(image_path, annotation_path, functools.partial(read_voc, annotation_path, label_map))
+            for image_path, annotation_path in pairs]
 
 
 def find_files(folder, split):
-    """Return the (annotation path, image path) pairs of a split, absolute; or a UserError."""
+    """Return the (image path, annotation path) pairs of a split, absolute; or a UserError."""
     folder = pathlib.Path(folder)
     for part in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
         if not (folder / part).is_dir():
@@ -327,7 +331,7 @@ def find_files(folder, split):
                       'add it, or take the line out')
             raise UserError(f'{split_path} names {name!r}, but {folder / "JPEGImages"} has no '
                             f'image of that name; {advice}')
-        files.append((folder.resolve() / 'Annotations' / f'{name}.xml', image_paths[name]))
+        files.append((image_paths[name], folder.resolve() / 'Annotations' / f'{name}.xml'))
     return files
 
 
@@ -418,7 +422,8 @@ def clean_objects(objects, width, height):
         if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
             counts['boxes without area, dropped'] += 1
             continue
-        counts['boxes past the border, clipped'] += clipped != box
+        if clipped != box:
+            counts['boxes past the border, clipped'] += 1
         rows.append([clipped, *others])
     cleaned = {name: [row[i] for row in rows] for i, name in enumerate(objects)}
     counts += Counter({'objects': len(rows), 'difficult': sum(cleaned['difficulties']),

@@ -468,7 +468,7 @@ def test_failed_download_is_reported(archives, tmp_path, capsys, entry):
     archives['2012'].update(entry)
     line = run(capsys, download=str(tmp_path / 'new'), output_folder=str(tmp_path / 'lists'))
     assert 'VOC2012 trainval could not be downloaded' in line and '--voc12-path' in line
-    assert not (tmp_path / 'lists').exists()
+    assert list((tmp_path / 'lists').iterdir()) == []
 
 
 def test_voc_folders_have_the_twenty_classes(make_voc, tmp_path, capsys):
