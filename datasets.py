@@ -5,16 +5,14 @@ N is the number of images in a batch, O the number of objects in an image.
 
 import pathlib
 import random
-import signal
-import threading
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from support.data_lists import read_lists
 from support.errors import UserError
 from support.large_jpeg import read_or_postpone
-from support.processes import block_signals, get_rank, get_world_size, ignore_signals_in_worker
+from support.processes import Loader, get_rank, get_world_size, ignore_signals_in_worker
 from utils import INPUT_SIZE, pad_objects, transform
 
 
@@ -82,10 +80,10 @@ class PascalVOCDataset(Dataset):
 class ShuffledBatches:
     """Sample the batches of a training run, each a list of (position in the run, image index).
 
-    Each pass over the data is a permutation that depends only on the seed and the number of the
-    pass, so a run that is resumed at iteration k sees what an uninterrupted run sees from there.
-    A batch may hold the end of one pass and the beginning of the next. Each rank iterates over its
-    share of every batch.
+    Each epoch is a permutation that depends only on the seed and the number of the epoch, so a run
+    that is resumed at iteration k sees what an uninterrupted run sees from there. A batch may hold
+    the end of one epoch and the beginning of the next. Each rank iterates over its share of every
+    batch.
 
     Args:
         n_images: in the data set.
@@ -124,7 +122,7 @@ class SeededItems(Dataset):
     """A data set whose augmentation depends only on the seed and on an item's position in the run.
 
     So neither the number of workers nor a resume changes what the network sees, and no two workers
-    draw the same random numbers. A run has no other random state that a checkpoint would have to
+    use the same random numbers. A run has no other random state that a checkpoint would have to
     hold.
 
     Args:
@@ -172,26 +170,8 @@ def collate_padded(batch):
     return images, *pad_objects(boxes, labels)
 
 
-class Loader(DataLoader):
-    """A DataLoader whose workers outlast the signals that stop a run, see `block_signals()`."""
-
-    def __iter__(self):
-        if self.num_workers == 0:
-            return super().__iter__()
-        is_main = threading.current_thread() is threading.main_thread()     # only it has handlers
-        handles = is_main and hasattr(signal, 'SIGCHLD')    # missing on Windows
-        handler = signal.getsignal(signal.SIGCHLD) if handles else None
-        with block_signals():
-            batches = super().__iter__()
-        # DataLoader would raise an error as soon as a worker dies, perhaps in the middle of a step.
-        # Without its handler it does so when the next batch is fetched.
-        if handles:
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)    # None: not from Python
-        return batches
-
-
 def make_train_loader(dataset, batches, workers, device):
-    """Make the loader of a training run, as `collate_padded()`; its workers live as long as it.
+    """Make the loader of a training run, whose batches are those of `collate_padded()`.
 
     Args:
         dataset: a PascalVOCDataset.

@@ -102,15 +102,15 @@ class Parameters:
 
 def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coco=True,
              autocast=None):
-    """Detect objects in all images of a loader and print and return their average precision.
+    """Evaluate a model with the images of a loader: print and return the average precision.
 
     Runs on the model's device, always with the thresholds EVALUATION of model.py.
 
     Args:
-        test_loader: batches as `datasets.collate_fn()` makes them, of a data set that keeps
-            difficult objects. With several ranks each has its share, as `make_test_loader()`
-            deals them.
-        model: an SSD300 with its `label_map`.
+        test_loader: of a PascalVOCDataset that keeps difficult objects, resized for the model
+            (`resize_for()`), as `datasets.make_test_loader()` makes it.
+        model: an SSD300 with its `label_map`; its classes may be in another order than the data
+            set's.
         operating_score: score threshold for the recall in the table.
         coco: add COCO's average precision to the table, about 25 s of CPU time for VOC07 test.
         autocast: context of the forward pass, for another precision than float32.
@@ -119,13 +119,12 @@ def evaluate(test_loader, model, operating_score=VISUALIZATION['min_score'], coc
         ({class name: AP}, mAP) by the rule of VOC 2007, NaN for a class without objects; the same
         in every rank.
     """
-    was_training = model.training
+    was_training, label_map = model.training, test_loader.dataset.label_map
     detections, ground_truth = find_detections(test_loader, model.eval(), autocast)
     model.train(was_training)
-    coco_numbers = (coco_average_precision(detections, ground_truth, model.label_map)
+    coco_numbers = (coco_average_precision(detections, ground_truth, label_map)
                     if coco and get_rank() == 0 else {})
-    return print_evaluation(detections, ground_truth, model.label_map, operating_score,
-                            coco_numbers)
+    return print_evaluation(detections, ground_truth, label_map, operating_score, coco_numbers)
 
 
 @torch.no_grad()
@@ -134,9 +133,8 @@ def find_detections(test_loader, model, autocast=None):
 
     Returns:
         `Detections` and `GroundTruth` of the images of all ranks in their order, boxes in
-        fractions, on the CPU.
+        fractions, labels those of the data set, on the CPU.
     """
-    test_loader.dataset.resize_for(model)
     detected, annotated = [], []    # rows (n, 6) of each image
     for images, *targets in tqdm(test_loader, 'evaluating', unit='batch', leave=False,
                                  disable=get_rank() > 0):
@@ -146,12 +144,16 @@ def find_detections(test_loader, model, autocast=None):
         annotated += rows_per_image(*targets)
 
     detected, annotated = gather_images(detected), gather_images(annotated)
-    return (Detections([rows[:, :4] for rows in detected],
-                       [rows[:, 4].long() for rows in detected],
-                       [rows[:, 5] for rows in detected]),
-            GroundTruth([rows[:, :4] for rows in annotated],
-                        [rows[:, 4].long() for rows in annotated],
-                        [rows[:, 5].bool() for rows in annotated]))
+    detections = Detections([rows[:, :4] for rows in detected],
+                            [rows[:, 4].long() for rows in detected],
+                            [rows[:, 5] for rows in detected])
+    ground_truth = GroundTruth([rows[:, :4] for rows in annotated],
+                               [rows[:, 4].long() for rows in annotated],
+                               [rows[:, 5].bool() for rows in annotated])
+    label_map = test_loader.dataset.label_map
+    if label_map != model.label_map:    # another order, or COCO's published weights
+        detections = relabel(detections, model.label_map, label_map)
+    return detections, ground_truth
 
 
 def rows_per_image(boxes, labels, values):
@@ -260,11 +262,10 @@ def load_model(path, device):
 def detect_in_dataset(p, model, dataset, device, dtype=torch.float32):
     """Detect objects in all images of a data set: `Detections` in pixels, with its labels."""
     check_shared_memory(p.workers, p.batch_size * 3 * model.input_size ** 2)
+    dataset.resize_for(model)
     loader = make_test_loader(dataset, p.batch_size, p.workers, device)
     autocast = None if dtype == torch.float32 else torch.autocast(device.type, dtype)
     detections, _ = find_detections(loader, model, autocast)
-    if dataset.label_map != model.label_map:    # another order, or COCO's published weights
-        detections = relabel(detections, model.label_map, dataset.label_map)
     return to_pixels(detections, read_image_sizes(dataset.images))
 
 
@@ -292,9 +293,10 @@ def check_dataset(p, model, dataset):
     # Of the 91 indices of COCO's published weights 10 are of no class.
     if (model and dataset.label_map != model.label_map
             and dataset.label_map.keys() != set(used_names(model.label_map))):
-        raise UserError(f'{p.checkpoint} knows the classes {used_names(model.label_map)[1:]}, '
-                        f'{p.data_folder} has {list(dataset.label_map)[1:]}; give the '
-                        f'checkpoint that was trained on this data set')
+        raise UserError(f'{p.checkpoint} was trained on the classes '
+                        f'{used_names(model.label_map)[1:]}, {p.data_folder} has '
+                        f'{list(dataset.label_map)[1:]}; give the checkpoint that was trained on '
+                        f'this data set')
 
 
 if __name__ == '__main__':

@@ -135,7 +135,8 @@ class Parameters:
     iterations: int = 120_000
     # Iterations at which lr is divided by 10. The first drop brings about +2.5 mAP on VOC.
     decay_lr_at: tuple[int, ...] = (80_000, 100_000)
-    # Iterations over which lr rises from 0: the gradients are large at the start.
+    # Iterations over which lr rises from 0, unlike in the paper: the gradients are large at the
+    # start.
     warmup: int = 1_000
 
     # --- bookkeeping ---
@@ -173,10 +174,13 @@ MUST_MATCH = ('batch_size', 'lr', 'weight_decay', 'precision', 'decay_lr_at', 'w
 
 
 @exit_on_user_error
-def main(p):
+def main(parameters):
     """Train as the parameters say, and write checkpoints."""
+    p = parameters
+    log_folder = p.log_folder or sibling_path(p.checkpoint, '_log', keep_suffix=False)
     with process_group(p.device) as device:
         check_parameters(p)
+        make_folder(log_folder)
         configure_gpu()
         dtype = choose_precision(p.precision, device)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -197,6 +201,7 @@ def main(p):
                                             'world_size': get_world_size()}
         start = load_start(p, model, optimizer, scaler, settings)
         train_set.resize_for(model)
+        test_set.resize_for(model)
         schedule = Schedule(start, p.iterations, p.lr, p.warmup, p.decay_lr_at, p.print_freq,
                             p.save_every, p.eval_every if len(test_set) else 0)
         if get_rank() == 0:
@@ -211,7 +216,6 @@ def main(p):
         train_loader = make_train_loader(train_set, batches, p.workers, device)
         test_loader = make_test_loader(test_set, TEST_BATCH_SIZE, p.workers, device)
 
-        log_folder = p.log_folder or sibling_path(p.checkpoint, '_log', keep_suffix=False)
         with TrainingLog(log_folder, start, p.iterations, device, batches,
                          train_set.images) as log:
             run = Run(model, optimizer, scaler, settings, p.checkpoint, test_loader, autocast, log)
@@ -465,8 +469,8 @@ def load_pretrained(model, init, weights):
     elif init == 'caffe':
         start_from_caffe_vgg(model, weights)
     else:
-        source = SSD300.from_checkpoint(weights) if weights else SSD300.from_state(
-            download_coco('start from ImageNet with --init imagenet'))
+        source = (SSD300.from_checkpoint(weights) if init == 'checkpoint' else
+                  SSD300.from_state(download_coco('start from ImageNet with --init imagenet')))
         found = start_from(model, source)
         print(f'{len(found)} of {model.n_classes - 1} classes start with the scores of '
               f'{weights or "COCO"}: {", ".join(found) or "none"}')
@@ -478,7 +482,7 @@ def load_pretrained(model, init, weights):
 
 
 def check_parameters(p):
-    """Raise a UserError for invalid parameters, before any data is read."""
+    """Raise a UserError for invalid parameters; make the checkpoint's folder and clean it up."""
     check_at_least(1, iterations=p.iterations, batch_size=p.batch_size, save_every=p.save_every,
                    print_freq=p.print_freq, grad_accumulation=p.grad_accumulation)
     check_at_least(0, workers=p.workers, warmup=p.warmup, eval_every=p.eval_every, lr=p.lr,
@@ -513,12 +517,12 @@ def check_parameters(p):
     make_folder(pathlib.Path(p.checkpoint).resolve().parent)     # that of a link's target
     if pathlib.Path(p.checkpoint).is_dir():
         raise UserError(f'checkpoint {p.checkpoint} is a folder; give a file in it')
-    own_files = p.checkpoint, sibling_path(p.checkpoint, '.best')
+    checkpoints = p.checkpoint, sibling_path(p.checkpoint, '.best')
     if (p.resume not in (None, 'auto') and os.path.exists(p.checkpoint)
-            and os.path.realpath(p.resume) not in map(os.path.realpath, own_files)):
+            and os.path.realpath(p.resume) not in map(os.path.realpath, checkpoints)):
         raise UserError(f'--resume {p.resume} would replace another checkpoint, {p.checkpoint}; '
                         f'give the --checkpoint of that run, or a new one')
-    for path in own_files:
+    for path in checkpoints:
         remove_stale_temporaries(path)
 
 
@@ -540,7 +544,7 @@ def print_summary(p, device, dtype, start, train_set, test_set):
           f'train on, {len(test_set)} to test on, {len(train_set.label_map) - 1} classes, '
           f'{p.workers} workers')
     print(f'iterations {start} to {p.iterations} of {p.batch_size} images '
-          f'({p.iterations * p.batch_size / len(train_set):.1f} passes), {p.optimizer}, lr '
+          f'({p.iterations * p.batch_size / len(train_set):.1f} epochs), {p.optimizer}, lr '
           f'{p.lr:g}, warm-up {p.warmup}, drops at {", ".join(map(str, p.decay_lr_at)) or "none"}')
     default = Parameters()
     if p.optimizer == 'sgd' and p.batch_size != default.batch_size and (

@@ -16,6 +16,7 @@ from multiprocessing import resource_tracker
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from support.device import choose_device
 from support.errors import UserError
@@ -70,8 +71,8 @@ def process_group(device_name):
         # Gloo raises a plain RuntimeError that begins with its source file.
         if not isinstance(error, distributed.DistError) and '/gloo/transport/' not in str(error):
             raise
-        raise UserError(f'the other processes of this run cannot be reached; if one has ended, its '
-                        f'own message says why. Resume with --resume auto '
+        raise UserError(f'the other processes of this run cannot be reached; if one has ended, '
+                        f'see its message. Resume with --resume auto '
                         f'({str(error).splitlines()[0][:150]})') from error
 
 
@@ -261,7 +262,7 @@ def ignore_signals_in_worker(worker_id):
     parent = multiprocessing.parent_process()   # not os.getppid(), which may be the fork server
 
     def wait_for_parent():
-        """End the worker when its parent does, or wants it to."""
+        """End the worker when its parent ends or sends SIGTERM."""
         while parent.is_alive():
             received = signal.sigtimedwait({signal.SIGTERM}, 5)
             if received and received.si_pid == parent.pid:
@@ -271,3 +272,21 @@ def ignore_signals_in_worker(worker_id):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, 'sigtimedwait'):
         threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers outlast the signals that stop a run, see `block_signals()`."""
+
+    def __iter__(self):
+        if self.num_workers == 0:
+            return super().__iter__()
+        is_main = threading.current_thread() is threading.main_thread()     # only it has handlers
+        handles = is_main and hasattr(signal, 'SIGCHLD')    # missing on Windows
+        handler = signal.getsignal(signal.SIGCHLD) if handles else None
+        with block_signals():
+            batches = super().__iter__()
+        # DataLoader would raise an error as soon as a worker dies, perhaps in the middle of a step.
+        # Without its handler it does so when the next batch is fetched.
+        if handles:
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)    # None: not from Python
+        return batches

@@ -68,6 +68,16 @@ def test_evaluate_prints_what_it_returns(loader, capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_classes_of_the_model_may_be_in_another_order(loader):
+    model = FixedDetections()
+    expected = evaluation.evaluate(loader, model, coco=False)
+    loader.dataset.label_map = {'background': 0, 'dog': 1, 'cat': 2}
+    for objects in loader.dataset.objects:
+        objects['labels'] = [3 - label for label in objects['labels']]
+    aps, mAP = evaluation.evaluate(loader, model, coco=False)
+    assert (dict(aps), mAP) == (dict(expected[0]), expected[1])
+
+
 def test_precision_is_float32_unless_given(loader, capsys, monkeypatch):
     def detect_in_batch(model, images, **thresholds):
         dtypes.append((images.flatten(1).float() @ torch.zeros(270_000, 1)).dtype)
@@ -170,7 +180,7 @@ def test_checkpoint_of_other_classes_is_a_user_error(lists, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation.main(evaluation.Parameters(data_folder=str(lists), checkpoint=str(path),
                                               device='cpu', workers=0))
-    assert "knows the classes ['cow']" in capsys.readouterr().err
+    assert "was trained on the classes ['cow']" in capsys.readouterr().err
 
 
 def test_classes_may_be_in_another_order_than_those_of_the_data(lists, capsys, monkeypatch):
