@@ -1,4 +1,4 @@
-"""What is done with an event: a line of JSON, a command, a webhook, each without holding up others.
+"""Report an event: a line of JSON, a command, a webhook; none of them delays the others.
 
 Commands and webhooks run in threads, one after another. What fails is a line on standard error.
 """

@@ -26,7 +26,7 @@ from support.video import AV_ERRORS, VideoReader, reason_of
 # than it, unless a new size of the picture ends them: those connections work.
 FIRST_PAUSE, LAST_PAUSE = 1, 60
 NEW_SIZE = 'the picture has a new size'
-# How often a waiting thread looks whether it has to end, in seconds.
+# Seconds between two checks whether a waiting thread has to end.
 POLL_SECONDS = 0.2
 
 

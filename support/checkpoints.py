@@ -6,19 +6,19 @@ import pathlib
 
 import torch
 
-from support.errors import UserError, atomic_write
+from support.errors import UserError, atomic_write, describe_error
 from support.processes import get_rank
 
 # --------------------------------------------------------------------------------------------------
 # Resuming a run
 # --------------------------------------------------------------------------------------------------
 
-# What a run is resumed from, and the tensors that each optimizer keeps per parameter.
+# What a run is resumed from, and the tensors that each optimizer keeps per parameter
 CONTENT = {'iteration': int, 'model': dict, 'optimizer': dict, 'label_map': dict,
            'parameters': dict}
+OPTIMIZER_STATE = {'sgd': {'momentum_buffer'}, 'adamw': {'step', 'exp_avg', 'exp_avg_sq'}}
 # Parameters that decide on the content of a checkpoint, and what older ones without them had.
 OF_CONTENT = {'network': 'ssd300', 'optimizer': None, 'batch_norm': False, 'priors': 'voc'}
-OPTIMIZER_STATE = {'sgd': {'momentum_buffer'}, 'adamw': {'step', 'exp_avg', 'exp_avg_sq'}}
 
 
 def find_newest_checkpoint(path):
@@ -106,7 +106,7 @@ def restore(path, model, optimizer, scaler, settings, must_match):
                 raise TypeError('the scaler has values that are not numbers')
             scaler.load_state_dict(checkpoint['scaler'])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = f'{type(error).__name__}: {error}'.splitlines()[-1].strip()[:200]
+        reason = describe_error(error, line=-1)
         raise UserError(f'{path} does not fit this run ({reason}); give a checkpoint that train.py '
                         f'wrote') from error
     return checkpoint['iteration']
@@ -176,7 +176,7 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # arbitrary bytes can raise anything
-        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+        reason = describe_error(error)
         raise UserError(f'{path} cannot be read as a checkpoint: truncated, or written by another '
                         f'program ({reason}); give one that train.py wrote') from error
     if not isinstance(checkpoint, dict):
@@ -208,7 +208,7 @@ def download_weights(weights, otherwise):
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # network, disk, or content of the file
-        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+        reason = describe_error(error)
         raise UserError(f'the weights could not be loaded from {weights.url} ({reason}); connect '
                         f'to the network, or put the file into {path.parent}, or '
                         f'{otherwise}') from error

@@ -2,6 +2,7 @@
 
 import torch
 
+from support.errors import describe_error
 from support.processes import all_gather, get_rank, synchronize_gradients
 from utils import normalize
 
@@ -66,7 +67,7 @@ def compile_if_possible(choice, device, functions, try_out):
     except Exception as error:  # Triton, a missing C++ compiler, ...
         try_out(*functions)
         cause = getattr(error, 'inner_exception', error)    # what the compiler's back end raised
-        problem = f'{type(cause).__name__}: {cause}'.strip().splitlines()[0][:200]
+        problem = describe_error(cause)
     problems = [problem for problem in all_gather(problem) if problem]
     if not problems:
         return compiled

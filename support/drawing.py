@@ -23,16 +23,20 @@ def draw_objects(image, prediction, colors):
     font = ImageFont.load_default(max(10, round(min(image.size) / 30)))  # bundled with Pillow
     margin = max(1, round(font.size / 6))
     boxes, names = prediction['boxes'].float().cpu(), prediction['labels']
-    for (x_min, y_min, x_max, y_max), name in list(zip(boxes.tolist(), names))[::-1]:
-        # Boxes are edges, Pillow's corners are pixels.
-        draw.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)),
-                       outline=colors[name], width=margin)
+    for box, name in list(zip(boxes.tolist(), names))[::-1]:
+        draw.rectangle(box_pixels(box), outline=colors[name], width=margin)
     texts = [f'{name} {score:.2f}' for name, score in zip(names, prediction['scores'].tolist())]
     sizes = [(font.getbbox(text)[2] + 2 * margin, 1.3 * font.size) for text in texts]
     labels = zip(place_labels(boxes, sizes, image.size), sizes, texts, names)
     for (x, y), (width, height), text, name in list(labels)[::-1]:
         draw.rectangle((x, y, x + width, y + height), fill=colors[name])
         draw.text((x + margin, y), text, fill=choose_ink(colors[name]), font=font)
+
+
+def box_pixels(box):
+    """Return the first and the last pixel of a box, whose corners are edges, for Pillow."""
+    x_min, y_min, x_max, y_max = box
+    return x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)
 
 
 def place_labels(boxes, sizes, image_size):

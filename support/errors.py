@@ -65,6 +65,11 @@ def exit_on_user_error(main):
     return _main
 
 
+def describe_error(error, line=0):
+    """Return the type of an error and one line of its message, at most 200 characters."""
+    return f'{type(error).__name__}: {error}'.strip().splitlines()[line].strip()[:200]
+
+
 def check_at_least(minimum, **values):
     """Raise a UserError for the first parameter that is less than the minimum."""
     for name, value in values.items():

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from support.drawing import draw_objects
+from support.drawing import box_pixels, draw_objects
 from support.errors import UserError, atomic_write
 from utils import (
     Detections,
@@ -316,9 +316,9 @@ def draw_mistakes(matches, detections, ground_truth, dataset, operating_score, f
             tile = image.resize([max(1, round(scale * side)) for side in image.size])
             draw = ImageDraw.Draw(tile)
             for true_box in (ground_truth.boxes[i] * scale).tolist():
-                draw.rectangle(true_box, outline='white', width=2)
+                draw.rectangle(box_pixels(true_box), outline='white', width=2)
             if kind == 'missed':
-                draw.rectangle((box * scale).tolist(), outline='red', width=4)
+                draw.rectangle(box_pixels((box * scale).tolist()), outline='red', width=4)
             else:
                 draw_objects(tile, {'boxes': box[None] * scale, 'labels': [name],
                                     'scores': values[row:row + 1]}, colors)

@@ -30,6 +30,7 @@ def nan_if_not_finite(loss):
     A loss that is not finite may have finite gradients. NaN makes the gradients non-finite, and in
     every rank, since they are averaged, so that all ranks skip the step.
     """
+    # A product: the gradient of torch.where(isfinite, loss, nan) would be 0.
     return loss * torch.where(loss.isfinite(), 1., math.nan)
 
 

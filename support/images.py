@@ -164,7 +164,7 @@ def json_report(path):
         separator = '['
 
         def add_to_report(file, prediction, **more):
-            """Write a row: the file, what `more` says of the frame, boxes, labels and scores."""
+            """Write a row: file, `more` (a frame's number and time), boxes, labels and scores."""
             nonlocal separator
             row = {'file': str(file), **more, 'boxes': prediction['boxes'].tolist(),
                    'labels': prediction['labels'], 'scores': prediction['scores'].tolist()}

@@ -5,7 +5,7 @@ import pathlib
 
 import torch
 
-from support.errors import UserError
+from support.errors import UserError, describe_error
 
 OUTPUTS = ['boxes', 'labels', 'scores', 'image_indices']
 
@@ -47,7 +47,7 @@ class OnnxNetwork:
             names = json.loads(metadata['class_names'])
             self.label_map = {name: label for label, name in enumerate(names)}
         except Exception as error:  # arbitrary bytes can raise anything
-            reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+            reason = describe_error(error)
             raise UserError(f'{path} cannot be read as an exported network: broken, or written by '
                             f'another program ({reason}); write one with python -m '
                             f'tools.export') from error

@@ -31,7 +31,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 
 from support.checkpoints import download_weights, load_checkpoint
 from support.data_lists import is_label_map
-from support.errors import UserError
+from support.errors import UserError, describe_error
 from utils import default_label_map
 
 # --------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def start_from_caffe_vgg(model, path):
         model.base.load_state_dict({f'{new.removeprefix("base.")}.{kind}': state[f'{old}.{kind}']
                                     for new, old in pairs for kind in ('weight', 'bias')})
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = f'{type(error).__name__}: {error}'.splitlines()[-1].strip()[:200]
+        reason = describe_error(error, line=-1)
         raise UserError(f'{path} is not the VGG-16 of ssd.pytorch ({reason}); give its '
                         f'vgg16_reducedfc.pth') from error
     # The first convolution takes blue, green, red, as in Caffe: the scripts that converted it

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from model import VISUALIZATION
 from support.device import peak_memory
-from support.drawing import draw_objects
+from support.drawing import box_pixels, draw_objects
 from support.errors import UserError, atomic_write, make_folder
 from support.processes import all_gather, all_reduce_sum, get_rank, get_world_size
 from utils import distinct_colors
@@ -229,7 +229,7 @@ def draw_detections(model, image, boxes):
     picture = to_pil_image(image)
     draw = ImageDraw.Draw(picture)
     for box in (boxes * picture.width).tolist():
-        draw.rectangle(box, outline='white', width=3)
+        draw.rectangle(box_pixels(box), outline='white', width=3)
     names = {index: name for name, index in model.label_map.items()}
     detections = {'boxes': detected_boxes.cpu() * picture.width,
                   'labels': [names[label] for label in labels.tolist()], 'scores': scores.cpu()}

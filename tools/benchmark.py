@@ -551,7 +551,7 @@ def measure_inference(boxes_path, batch_size, device, repeats, peak_rate):
     rows = []
     sides = [make(device) for make in SIDES]
     outputs = simulate_trained_outputs(sides[0].model.priors_cxcy,
-                                *sample_objects(boxes_path, batch_size, device))
+                                       *sample_objects(boxes_path, batch_size, device))
     images = normalize(make_images(batch_size, device))
     for side in sides:
         side.model.eval()

@@ -22,7 +22,7 @@ class Colors(NamedTuple):
     """Colors of a page, which is light or dark; those of ink and paper are GitHub's."""
 
     ink: str
-    grey: str       # of what is less important
+    gray: str       # of what is less important
     pale: str       # of grids
     paper: str
     blue: str
@@ -48,7 +48,7 @@ def page_style(colors):
                            'legend.facecolor'), colors.paper)
     return matplotlib.style.context(['default', ink | paper | {
         'font.size': 16, 'axes.titlesize': 16, 'legend.fontsize': 15, 'lines.linewidth': 2.5,
-        'axes.edgecolor': colors.grey, 'axes.spines.top': False, 'axes.spines.right': False,
+        'axes.edgecolor': colors.gray, 'axes.spines.top': False, 'axes.spines.right': False,
         'grid.color': colors.pale, 'legend.edgecolor': colors.pale, 'figure.labelsize': 16,
         'figure.constrained_layout.h_pad': 0.15, 'figure.constrained_layout.w_pad': 0.15}])
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 import train
 from model import (
@@ -157,6 +158,7 @@ def draw_detections(axes, boxes, labels, scores):
     texts = [f'{NAMES[label]} {score:.2f}' for label, score in zip(labels, scores)]
     label_boxes(axes, torch.cat([boxes, load_example()[1]]), texts)
 
+
 def draw_example_picture(colors):
     """Draw the objects of the example, and what the trained network detects in it."""
     figure, (left, right) = create_figure(4.5, 1, 2)
@@ -195,7 +197,7 @@ def draw_network(colors):
         side = 0.22 * math.sqrt(size)
         height = max(side + 0.3, 0.86)
         middle = top + height / 2
-        draw_arrow(axes, (1, bottom), (1, middle - side / 2), colors.grey, shrinkA=2, shrinkB=0)
+        draw_arrow(axes, (1, bottom), (1, middle - side / 2), colors.gray, shrinkA=2, shrinkB=0)
         draw_grid(axes, 1 - side / 2, middle - side / 2, side, size, color, colors.paper)
         axes.text(1.95, middle - 0.15, feature_map.name, color=color, weight='bold', va='center')
         axes.text(1.95, middle + 0.15, f'{shape[0]}, {size} × {size}', va='center')
@@ -219,8 +221,8 @@ def draw_prediction(axes, middle, height, n_priors, rows, colors):
         n_priors: priors per cell.
         rows: the first and the last row.
     """
-    draw_arrow(axes, (3.57, middle), (3.9, middle), colors.grey, shrinkA=0, shrinkB=0)
-    draw_arrow(axes, (5.1, middle), (5.48, middle), colors.grey, shrinkA=0, shrinkB=0)
+    draw_arrow(axes, (3.57, middle), (3.9, middle), colors.gray, shrinkA=0, shrinkB=0)
+    draw_arrow(axes, (5.1, middle), (5.48, middle), colors.gray, shrinkA=0, shrinkB=0)
     for y, x, numbers, color in ((middle - 0.18, 6.05, '4', colors.green),
                                  (middle + 0.18, 7.25, 'C', colors.orange)):
         axes.add_patch(Rectangle((3.95, y - 0.16), 1.1, 0.32, fill=False, edgecolor=color,
@@ -252,7 +254,7 @@ def draw_fc_to_conv(colors):
         axes.text(x + side / 2, 0.45, title, weight='bold', ha='center', color=color)
         axes.text(x + side / 2, 3.05, text, ha='center', va='top', linespacing=1.3)
     for x in (2.42, 5.07):
-        draw_arrow(axes, (x, 1.8), (x + 0.52, 1.8), colors.grey, shrinkA=4, shrinkB=4)
+        draw_arrow(axes, (x, 1.8), (x + 0.52, 1.8), colors.gray, shrinkA=4, shrinkB=4)
     return figure
 
 
@@ -366,7 +368,7 @@ def draw_offsets(colors):
     for y, (name, unscaled, factor, loc) in enumerate(rows):
         y = 2. + 1.65 * y
         right.text(0, y, name)
-        right.text(0, y + 0.75, f'{unscaled:+.3f} × {factor:.0f} =', color=colors.grey)
+        right.text(0, y + 0.75, f'{unscaled:+.3f} × {factor:.0f} =', color=colors.gray)
         right.text(7.8, y + 0.75, f'{loc:+.2f}', weight='bold', ha='right', fontsize=20)
     return figure
 
@@ -477,11 +479,13 @@ def augment(image, tensors, window=None, colors=None, mirror=False):
                'contrast_first': True}
     boxes, _, _ = crop(*tensors, window)
     image = warp(image, window, lambda part: distort(part, **neutral | (colors or {})))
-    return (image.transpose(0), flip(boxes)) if mirror else (image, boxes)
+    if mirror:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip(boxes)
+    return image, boxes
 
 
 def draw_augmentation(colors):
-    """Draw the original, each step of the augmentation, and all steps together, drawn at random."""
+    """Draw the original, each step of the augmentation, and all steps together, at random."""
     image, objects = draw_example()
     tensors = to_tensors(objects)
     tiles = {
@@ -610,7 +614,7 @@ def draw_precision_recall(colors):
     """Draw precision over recall, and the eleven points whose mean is the AP."""
     recall, precision, points = precision_recall_points(*MATCHES)
     figure, axes = create_figure(5.2)
-    axes.plot(recall, precision, 's-', color=colors.grey, label='after each of 6 detections')
+    axes.plot(recall, precision, 's-', color=colors.gray, label='after each of 6 detections')
     axes.plot([tenth / 10 for tenth in range(11)], points, 'o', color=colors.red, markersize=12,
               label='11 points', clip_on=False, zorder=3)
     axes.vlines([tenth / 10 for tenth in range(11)], 0, points, color=colors.red, linewidth=1.2)
