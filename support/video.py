@@ -64,7 +64,6 @@ class Frame:
     decoded: av.VideoFrame
     number: int             # from 0; broken frames are not counted
     time: float             # seconds from the start of the video
-    duration: float         # seconds, 0 if unknown
 
     @functools.cached_property
     def image(self):
@@ -163,13 +162,12 @@ class VideoReader:
                 # Some files, and all raw streams, have no presentation times. AVI's are decoding
                 # times.
                 frame_time += 1 / self.rate
-                duration = float((decoded.duration or 0) * decoded.time_base)
                 if not self.is_timed:
                     first_arrival = first_arrival or time.monotonic()
-                    frame_time, duration = time.monotonic() - first_arrival, 0.
+                    frame_time = time.monotonic() - first_arrival
                 elif decoded.pts is not None and self.container.format.name != 'avi':
                     frame_time = decoded.pts * decoded.time_base - self.start
-                yield Frame(decoded, number, float(frame_time), duration)
+                yield Frame(decoded, number, float(frame_time))
                 number += 1
 
     def _packets(self):
@@ -311,7 +309,6 @@ class VideoWriter:
             pts = max(pts, self.last_pts + 1)
         picture.pts = self.last_pts = pts
         picture.time_base = self.time_base
-        picture.duration = round(frame.duration / self.time_base)
         with self._user_errors():
             self.container.mux(self.stream.encode(picture))
             self._copy_audio()

@@ -115,6 +115,13 @@ def test_image_files_are_found_by_name(make_voc, tmp_path):
     assert found == ['a.JPG', 'b.png', 'c.1.jpg', 'd d.jpg', 'e 1.jpg', 'f f.jpg']
 
 
+def test_images_of_all_formats_are_found(tmp_path):
+    names = ['a.jpg', 'b.jpeg', 'c.png', 'd.bmp', 'e.webp', 'f.tif', 'g.tiff', 'h.gif', 'i.TIFF']
+    for name in (*names, 'j.txt', 'jpg'):
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in find_images(tmp_path).values()) == names
+
+
 def test_images_may_be_in_subfolders(make_voc, tmp_path):
     for part in ('JPEGImages/s', 'Annotations/s', 'JPEGImages/.thumbnails'):
         (tmp_path / 'voc' / part).mkdir(parents=True)
@@ -149,6 +156,16 @@ def test_several_splits_become_one_list_in_order(make_voc, tmp_path):
     lists = read_lists(tmp_path / 'out')
     assert file_names(lists['TRAIN_images']) == ['z.jpg', 'a.jpg']
     assert lists['TEST_images'] == lists['TEST_objects'] == []
+
+
+def test_test_list_may_be_empty(make_voc, tmp_path, capsys):
+    root = make_voc({'s': {'a': [CAT]}, 'empty': {}})
+    for test_splits in ([], [(root, 'empty')]):
+        summary = write_data_lists([(root, 's')], test_splits, tmp_path / 'out')
+        assert summary['TEST'] == {'images': 0, 'objects': 0}
+        assert 'TEST: 0 images, 0 objects\n' in capsys.readouterr().out
+        lists = read_lists(tmp_path / 'out')
+        assert lists['TEST_images'] == lists['TEST_objects'] == []
 
 
 def test_images_in_both_lists_are_counted(make_voc, tmp_path, capsys):
@@ -323,7 +340,7 @@ def test_missing_folder_is_reported(tmp_path):
 
 def test_class_named_background_is_refused(make_voc, tmp_path):
     root = make_voc({'s': {'a': [('background', (1, 1, 9, 9))]}})
-    with pytest.raises(UserError, match='background'):
+    with pytest.raises(UserError, match="class 'background' .*; rename it"):
         write_data_lists([(root, 's')], [], tmp_path / 'out')
     assert not (tmp_path / 'out' / 'label_map.json').exists()
 
@@ -493,6 +510,15 @@ def test_other_data_take_any_number_of_splits_and_their_own_classes(make_voc, tm
     assert read_lists(tmp_path / 'given')['label_map'] == {'background': 0, 'zebra': 1, 'cat': 2}
     line = run(capsys, train=(f'{b}:s',), classes=('cat',), output_folder=str(tmp_path / 'no'))
     assert "class 'dog' is none of" in line and str(b) in line
+
+
+def test_skip_broken_is_an_option(make_voc, tmp_path, capsys):
+    root = make_voc({'s': {'a': [CAT], 'b': [CAT]}})
+    break_image(root)
+    parameters = {'train': (f'{root}:s',), 'output_folder': str(tmp_path / 'lists')}
+    assert 'with --skip-broken' in run(capsys, **parameters)
+    run(**parameters, skip_broken=True)
+    assert file_names(read_lists(tmp_path / 'lists')['TRAIN_images']) == ['a.jpg']
 
 
 @pytest.mark.parametrize('parameters, message', [

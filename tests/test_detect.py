@@ -292,6 +292,31 @@ def test_folders_patterns_and_standard_input_are_annotated(run, tmp_path, capsys
     assert rows[1]['boxes'][0] == pytest.approx([6.7, 8, 33.5, 24], abs=0.01)
 
 
+@pytest.mark.parametrize('options, labels', [
+    ({}, ['dog', 'cat']), ({'min_score': 0.95}, ['dog']), ({'top_k': 1}, ['dog']),
+    ({'suppress': ('dog',)}, ['cat'])], ids=str)
+def test_options_choose_the_detections(run, tmp_path, options, labels):
+    Image.new('RGB', (60, 40)).save('photo.png')
+    assert run('photo.png', json='found.json', **options) == 0
+    row, = json.loads((tmp_path / 'found.json').read_text())
+    assert row['labels'] == labels
+
+
+def test_batch_size_thresholds_and_precision_reach_the_model(run, model, monkeypatch):
+    def detect_in_batch(images, *thresholds):
+        calls.append((len(images), *thresholds, torch.is_autocast_enabled('cpu')))
+        return original(images, *thresholds)
+
+    calls, original = [], model.detect_in_batch
+    monkeypatch.setattr(model, 'detect_in_batch', detect_in_batch)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', dict, raising=False)     # no bf16
+    for number in range(3):
+        Image.new('RGB', (60, 40)).save(f'{number}.png')
+    assert run('*.png', batch_size=2, min_score=0.1, max_overlap=0.3, top_k=7,
+               precision='bf16') == 0
+    assert calls == [(2, 0.1, 0.3, 7, True), (1, 0.1, 0.3, 7, True)]
+
+
 def test_broken_image_among_many_is_skipped(run, tmp_path, capsys):
     (tmp_path / 'in').mkdir()
     for number in range(30):

@@ -144,6 +144,19 @@ def test_result_files_give_the_same_table(lists, tmp_path, capsys, monkeypatch):
             assert image.width > 500
 
 
+def test_operating_score_reaches_the_table_and_the_pictures(lists, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation.SSD300, 'from_checkpoint', lambda path: FixedDetections().eval())
+    monkeypatch.setattr(evaluation, 'draw_pictures', lambda *args: drawn.append(args[3]))
+    capsys.readouterr()
+    evaluation.main(evaluation.Parameters(data_folder=str(lists), device='cpu', workers=0,
+                                          operating_score=0.5, pictures=str(tmp_path / 'p')))
+    table = capsys.readouterr().out
+    assert 'recall at 0.5\n' in table
+    assert re.search(r'^dog .* 0\.0000$', table, re.MULTILINE)     # its score is 0.3
+    assert drawn == [0.5]
+
+
 @pytest.mark.parametrize('precision, line', [
     ('bf16', r'in torch.bfloat16: mAP (.*), float32 (.*), difference -(.*)'),
     ('auto', '--precision auto is float32 on this device'), ('float32', None)])

@@ -5,6 +5,7 @@ from fractions import Fraction
 import av
 import pytest
 import torch
+from PIL import Image
 
 from support import clips
 from support.clips import Ring, StoredPacket, choose_suffix, timed_from_zero, write_clip
@@ -22,7 +23,7 @@ def video(tmp_path_factory):
         stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
         audio = container.add_stream('aac', rate=16000)
         for i in range(10 * SECONDS):
-            frame = av.VideoFrame(64, 48)
+            frame = av.VideoFrame.from_image(Image.new('RGB', (64, 48)))
             frame.pts, frame.time_base = i, Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -181,7 +182,8 @@ def test_codecs_choose_the_format(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuvj420p'
         audio = container.add_stream('pcm_mulaw', rate=8000, layout='mono')
         for i in range(50):
-            container.mux(stream.encode(av.VideoFrame(64, 48, 'yuvj420p')))
+            frame = av.VideoFrame.from_image(Image.new('RGB', (64, 48)))
+            container.mux(stream.encode(frame.reformat(format='yuvj420p')))
             samples = av.AudioFrame.from_ndarray(torch.zeros(1, 320, dtype=torch.int16).numpy(),
                                                  's16', 'mono')
             samples.sample_rate, samples.pts = 8000, 320 * i

@@ -4,10 +4,12 @@ import io
 import os
 import random
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 from tqdm import tqdm
 
@@ -199,6 +201,25 @@ def test_any_class_name_is_in_the_legend_and_a_single_true_positive_is_a_point(n
     assert columns.min() < 0.5 * image.shape[1] and columns.max() > 0.8 * image.shape[1]
 
 
+def test_curve_has_precision_and_recall_at_each_true_positive(tmp_path, monkeypatch):
+    """Of five cats three are detected; the third detection is a false positive."""
+    def savefig(figure, *args, **kwargs):
+        lines.extend(figure.axes[0].lines)
+        original(figure, *args, **kwargs)
+
+    boxes = torch.arange(5.)[:, None] * 20 + torch.tensor([0., 0., 10., 10.])
+    ground_truth = GroundTruth([boxes], [torch.ones(5).long()], [torch.zeros(5).bool()])
+    found = torch.cat([boxes[:2], boxes[:1] + 500, boxes[2:3]])
+    detections = Detections([found], [torch.ones(4).long()], [torch.tensor([.9, .8, .7, .6])])
+    lines, original = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', savefig)
+    report.draw_precision_recall(match_classes(detections, ground_truth, LABEL_MAP), LABEL_MAP,
+                                 tmp_path / 'curves.png')
+    line, = lines   # the other classes have no objects
+    assert line.get_xydata() == pytest.approx(np.array([[0.2, 1], [0.4, 1], [0.6, 0.75]]))
+    assert line.get_label().endswith(' cat')
+
+
 def test_kinds_of_mistakes():
     matches = match_classes(DETECTIONS, GROUND_TRUTH, LABEL_MAP)
     mistakes = report.find_mistakes(matches, DETECTIONS, GROUND_TRUTH, 0.2)
@@ -206,3 +227,39 @@ def test_kinds_of_mistakes():
                         'missed': [2, 1]}
     mistakes = report.find_mistakes(matches, DETECTIONS, GROUND_TRUTH, 0.95)
     assert mistakes['missed'] == [2, 0, 1]
+
+
+def test_tiles_show_the_image_the_boxes_and_the_file_name_of_a_mistake(tmp_path):
+    """The second image has a cat that is missed, and a false positive; tiles are half as large."""
+    for name, color in (('a', 'green'), ('b', 'blue')):
+        Image.new('RGB', (640, 480), color).save(tmp_path / f'{name}.png')
+    no_boxes, no_rows, cat = torch.zeros(0, 4), torch.zeros(0), torch.tensor([1])
+    truth = GroundTruth([no_boxes, torch.tensor([[100., 100, 300, 300]])], [no_rows.long(), cat],
+                        [no_rows.bool(), torch.tensor([False])])
+    found = Detections([no_boxes, torch.tensor([[400., 300, 600, 400]])], [no_rows.long(), cat],
+                       [no_rows, torch.tensor([0.9])])
+    dataset = types.SimpleNamespace(images=[str(tmp_path / 'a.png'), str(tmp_path / 'b.png')],
+                                    label_map=LABEL_MAP)
+    matches = match_classes(found, truth, LABEL_MAP)
+    report.draw_mistakes(matches, found, truth, dataset, 0.2, tmp_path)
+    color = ImageColor.getrgb(distinct_colors(LABEL_MAP)['cat'])
+    white, red, blue = (255, 255, 255), (255, 0, 0), (0, 0, 255)
+    for kind, true_color, found_color in (('background', white, color), ('missed', red, blue)):
+        empty = report.make_page(report.TITLES[kind], [(Image.new('RGB', (1, 1)), 'b.png: cat')])
+        with Image.open(tmp_path / f'mistakes_{kind}.png') as page:
+            header = (0, 0, page.width, 3 * report.LINE)    # title and caption
+            assert page.crop(header).tobytes() == empty.crop(header).tobytes()
+            tile = page.crop((0, 3 * report.LINE, page.width, page.height))
+        places = (10, 10), (50, 100), (200, 175)    # the left sides of the boxes
+        assert [tile.getpixel(place) for place in places] == [blue, true_color, found_color]
+
+
+def test_fifth_tile_begins_the_second_row():
+    tiles = [(Image.new('RGB', (report.TILE, report.TILE), color), '')
+             for color in ('red', 'lime', 'blue', 'yellow', 'white')]
+    page = report.make_page('', tiles)
+    rows, size = (3 * report.LINE, 4 * report.LINE + report.TILE), report.TILE
+    colors = [page.getpixel((x, y)) for y in rows for x in range(0, 4 * size, size)]
+    assert colors[:5] == [ImageColor.getrgb(name)
+                          for name in ('red', 'lime', 'blue', 'yellow', 'white')]
+    assert colors[5:] == [(0, 0, 0)] * 3 and page.height == rows[1] + size

@@ -27,7 +27,8 @@ from support.images import (
 from support.video import ENCODERS, VideoReader, VideoWriter
 
 
-def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, options=None):
+def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, options=None,
+               pixel_ratio=1):
     """Write a small video of noise; frame i is shown at times[i] / 12800 s, by default at i / 25 s.
     """
     with av.open(str(path), 'w', options=options or {}) as container:
@@ -35,6 +36,7 @@ def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, options
         stream.width, stream.height = size
         stream.pix_fmt = 'yuv420p' if size[0] % 2 == size[1] % 2 == 0 else 'yuv444p'
         stream.codec_context.time_base = Fraction(1, 12800)
+        stream.codec_context.sample_aspect_ratio = pixel_ratio
         audio = container.add_stream(sound, rate=48000) if sound else None
         noise = torch.randint(256, (n_frames, size[1], size[0], 3), dtype=torch.uint8)
         for i in range(n_frames):
@@ -50,6 +52,17 @@ def make_video(path, n_frames=12, size=(64, 48), sound=None, times=None, options
         if sound:
             container.mux(audio.encode())
     return path
+
+
+def rotate(path, matrix):
+    """Set the rotation of an mp4: in the track's header, a matrix a b u c d v in 16.16 fixed point.
+    """
+    content = bytearray(path.read_bytes())
+    start = content.index(b'tkhd') + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    content[start:start + 24] = b''.join(
+        value.to_bytes(4, 'big', signed=True) for value in (a, b, 0, c, d, 0))
+    path.write_bytes(content)
 
 
 def copy_video(source, target):
@@ -88,6 +101,17 @@ def test_copy_keeps_irregular_times(tmp_path):
         assert [round(frame.time * 12800) for frame in reader] == times
 
 
+@pytest.mark.parametrize('matrix, expected', [((1, 0, 0, 1), Fraction(4, 3)),
+                                              ((0, -1, 1, 0), Fraction(3, 4))])
+def test_copy_keeps_the_aspect_ratio_of_pixels(tmp_path, matrix, expected):
+    source = make_video(tmp_path / 'a.mp4', 3, pixel_ratio=Fraction(4, 3))
+    rotate(source, matrix)
+    copy_video(source, tmp_path / 'b.mp4')
+    with VideoReader(source) as before, VideoReader(tmp_path / 'b.mp4') as after:
+        assert before.stream.sample_aspect_ratio == Fraction(4, 3)
+        assert after.stream.sample_aspect_ratio == expected     # of the upright image
+
+
 def test_odd_size_is_padded_to_even(tmp_path):
     source = make_video(tmp_path / 'a.mp4', 3, size=(63, 47))
     copy_video(source, tmp_path / 'b.mp4')
@@ -95,27 +119,21 @@ def test_odd_size_is_padded_to_even(tmp_path):
         assert before.first.image.size == (63, 47) and after.first.image.size == (64, 48)
 
 
-@pytest.mark.parametrize('rotation, matrix, corner', [(90, (0, -1, 1, 0), (0, 1)),
-                                                      (270, (0, 1, -1, 0), (1, 0))])
-def test_rotated_video_is_read_upright(tmp_path, rotation, matrix, corner):
-    """The rotation is in the track's header, as a matrix a b u c d v in 16.16 fixed point."""
+@pytest.mark.parametrize('rotation, matrix, size, corner', [
+    (90, (0, -1, 1, 0), (48, 64), (0, 63)), (180, (-1, 0, 0, -1), (64, 48), (63, 47)),
+    (270, (0, 1, -1, 0), (48, 64), (47, 0))])
+def test_rotated_video_is_read_upright(tmp_path, rotation, matrix, size, corner):
     path = make_video(tmp_path / 'a.mp4', 3)
-    content = bytearray(path.read_bytes())
-    start = content.index(b'tkhd') + 44
-    a, b, c, d = (value << 16 for value in matrix)
-    content[start:start + 24] = b''.join(
-        value.to_bytes(4, 'big', signed=True) for value in (a, b, 0, c, d, 0))
-    path.write_bytes(content)
+    rotate(path, matrix)
     copy_video(path, tmp_path / 'b.mp4')
     with av.open(str(path)) as container:
         stored = next(container.decode(video=0))
         assert stored.rotation % 360 == rotation
         stored = stored.to_image()
     with VideoReader(path) as before, VideoReader(tmp_path / 'b.mp4') as after:
-        assert before.first.image.size == after.first.image.size == (48, 64)
+        assert before.first.image.size == after.first.image.size == size
         upright = before.first.image
-    # The first stored pixel is shown at the lower left, or the upper right.
-    assert upright.getpixel((47 * corner[0], 63 * corner[1])) == stored.getpixel((0, 0))
+    assert upright.getpixel(corner) == stored.getpixel((0, 0))
 
 
 def test_copy_keeps_colors(tmp_path):

@@ -4,6 +4,7 @@ Instead of a network's detections, whoever is red in the middle of the picture i
 """
 
 import contextlib
+import datetime
 import inspect
 import json
 import math
@@ -38,8 +39,10 @@ from tools.watch import (
 class RedDetector:
     """Instead of a Detector: a red image has a person, whose feet are at (0.5, 0.9)."""
 
+    colors = {'person': '#ff0000', 'dog': '#0000ff'}
+
     def __init__(self, *arguments):
-        self.colors = {'person': '#ff0000', 'dog': '#0000ff'}
+        """Take the arguments of a Detector."""
 
     def predict(self, images):
         """Return the prediction of one image."""
@@ -187,14 +190,21 @@ def test_alarm_of_a_file(run_main, video, tmp_path, monkeypatch):
             return kind(*arguments)
         return make
 
-    monkeypatch.setattr(watch, 'Detector', record(RedDetector))
-    monkeypatch.setattr(watch, 'Camera', record(camera.Camera))
-    (event,), error = run_main(video, seconds=2., before=3., after=1.5, min_score=0.3,
-                               max_overlap=0.6, precision='float32', timeout=7.,
-                               run=f"sh -c 'cat > {tmp_path}/json'")
-    assert made == [(Model, 1, {'person'}, 0.3, 0.6, 200, 'float32'), (str(video), 7., None, 9.5)]
+    command = f"sh -c 'cat > {tmp_path}/json'"
+    for kind in (alarms.Alarms, RedDetector, camera.Camera, Occupation):
+        monkeypatch.setattr(watch, kind.__name__.removeprefix('Red'), record(kind))
+    (event,), error = run_main(video, seconds=2., gap=0.5, cooldown=30., before=3., after=1.5,
+                               min_score=0.3, max_overlap=0.6, precision='float32', timeout=7.,
+                               run=command, alarm_timeout=20.)
+    assert made == [
+        (str(tmp_path / 'log.jsonl'), command, None, 20.),
+        (Model, 1, {'person'}, 0.3, 0.6, 200, 'float32'), (str(video), 7., None, 9.5),
+        (2., 0.5, 30.)]
     assert (event['event'], event['seen'], event['counts']) == ('alarm', '1 person', {'person': 1})
     assert event['source'] == str(video) and event['time'].endswith('+00:00')
+    age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(
+        event['time'])
+    assert 0 <= age.total_seconds() < 600
     assert event['labels'] == ['person'] and event['scores'] == [0.875]
     assert event['boxes'] == [pytest.approx([25.6, 9.6, 38.4, 43.2])]
     assert event['image_size'] == [64, 48] and event['video_time'] == pytest.approx(6, abs=0.01)
@@ -209,6 +219,16 @@ def test_alarm_of_a_file(run_main, video, tmp_path, monkeypatch):
     assert n_blue == pytest.approx(10, abs=5) and len(colors) == pytest.approx(45, abs=5)
     assert 'when person is in the zone for 2 seconds' in error and 'not the same person' in error
     assert f'{video}: 120 frames in ' in error
+
+
+def test_snapshot_has_the_zone_and_the_box(run_main, video, monkeypatch):
+    monkeypatch.setattr(RedDetector, 'colors', {'person': '#0000ff'})
+    (event,), _ = run_main(video, seconds=2., zone=('0.25,0', '0.75,0', '0.75,1', '0.25,1'))
+    with Image.open(event['snapshot']) as snapshot:
+        assert snapshot.getpixel((16, 24))[1] > 120     # the left side of the zone, yellow
+        assert snapshot.getpixel((32, 42))[2] > 60      # the lower edge of the box, blue
+        red, green, blue = snapshot.getpixel((32, 30))
+        assert red > 200 and green < 60 and blue < 60
 
 
 def test_zone_without_anyone(run_main, video):
