@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import pathlib
+import random
 import threading
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def seed():
     """Start every test with the same random numbers."""
     torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(scope='session')

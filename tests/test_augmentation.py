@@ -166,11 +166,11 @@ def test_crop_keeps_an_object_of_the_minimum_iou(min_overlap, window, monkeypatc
     monkeypatch.setattr(utils, 'CROP_OPTIONS', (min_overlap,))
     x_min, y_min, x_max, y_max = window
     width, height = x_max - x_min, y_max - y_min
-    # An object that can reach the minimum of each option, and a small one for few of them.
-    boxes = torch.tensor([[x_min + 0.02 * width, y_min + 0.02 * height,
-                           x_max - 0.02 * width, y_max - 0.02 * height],
-                          [x_min, y_min, x_min + 0.05 * width, y_min + 0.05 * height]])
-    for _ in range(8):
+    # An object that can reach the minimum of each option, and small ones: a crop that keeps only
+    # these must not count as one that overlaps the large one enough.
+    boxes = (torch.tensor([[.02, .02, .98, .98], [.1, .1, .15, .15], [.85, .85, .9, .9]])
+             * torch.tensor([width, height] * 2) + torch.tensor([x_min, y_min] * 2))
+    for _ in range(24):
         crop = utils.sample_crop(window, boxes)
         sides = crop[2] - crop[0], crop[3] - crop[1]
         for low, high, side, whole in zip(crop[:2], crop[2:], sides, (width, height)):
@@ -181,8 +181,8 @@ def test_crop_keeps_an_object_of_the_minimum_iou(min_overlap, window, monkeypatc
         crop = torch.tensor([crop])
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((centers > crop[:, :2]) & (centers < crop[:, 2:])).all(dim=1)
-        assert inside.any()
-        assert utils.find_jaccard_overlap(crop, boxes).max() >= min_overlap
+        overlap = utils.find_jaccard_overlap(crop, boxes)[0]
+        assert (inside & (overlap >= min_overlap)).any()
 
 
 def test_crops_of_all_options_are_drawn(monkeypatch):
@@ -224,6 +224,7 @@ def test_probability_and_range_of_color_changes():
     ((10, 100, 250), {'contrast': 1.5, 'contrast_first': False}, (15, 150, 255)),
     ((40, 100, 40), {'brightness': 20, 'contrast': 0.5}, (30, 60, 30)),
     ((40, 100, 40), {'brightness': 20, 'contrast': 0.5, 'contrast_first': False}, (30, 60, 30)),
+    ((250, 250, 250), {'brightness': 32, 'contrast': 0.5}, (128, 128, 128)),
     ((200, 100, 100), {'saturation': 0.5}, (200, 150, 150)),
     ((200, 100, 100), {'saturation': 1.5}, (200, 50, 50)),
     ((90, 90, 90), {'saturation': 1.5, 'hue': 18}, (90, 90, 90)),

@@ -1,5 +1,6 @@
 """Tests of SSD512: its maps, priors and checkpoints, and the scripts with it."""
 
+import itertools
 import math
 
 import pytest
@@ -26,7 +27,8 @@ def test_it_has_24564_priors():
               for feature_map in SSD512.feature_maps]
     assert counts == [16384, 6144, 1536, 384, 96, 16, 4]
     # ssd_pascal_512.py of the Caffe code: squares of 35.84 pixels, and sqrt(35.84 * 76.8)
-    assert (512 * priors[0, 2]).item() == pytest.approx(35.84)
+    firsts = [0, *itertools.accumulate(counts[:-1])]    # a square of each map
+    assert priors[firsts, 2].tolist() == pytest.approx([.07, .15, .3, .45, .6, .75, .9])
     assert (512 * priors[1, 2]).item() == pytest.approx(math.sqrt(35.84 * 76.8))
     assert priors[-3, 2].item() == pytest.approx(math.sqrt(0.9 * 1.05))     # the last extra square
     assert SSD512.create_prior_boxes(COCO_SCALES[512])[0, 2].item() == pytest.approx(0.04)

@@ -2,26 +2,29 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import pathlib
 import random
+import re
 import signal
 import threading
-import time
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import datasets
 import train
+import utils
 from create_data_lists import Parameters as ListParameters, main as make_lists
 from model import SSD300, MultiBoxLoss, create_prior_boxes
 from support.checkpoints import load_checkpoint, sibling_path
 from support.gradient_scaling import make_scaler
 from support.published import BASE_CONVS
-from support.training_log import TrainingLog
+from support.training_log import TrainingLog, read_log
 from thin import ThinSSD300
 from utils import normalize, pad_objects
 
@@ -63,8 +66,8 @@ def test_rows_checkpoints_and_evaluations_are_due(make_schedule):
         20, 40, 57, 60, 80, 100]
 
 
-@pytest.mark.parametrize('kind', ['sgd', 'adamw'])
-def test_biases_learn_at_twice_the_rate_and_do_not_decay(kind):
+@pytest.mark.parametrize('kind, momentum', [('sgd', 0.9), ('adamw', None)])
+def test_biases_learn_at_twice_the_rate_and_do_not_decay(kind, momentum):
     model = SSD300(3)
     optimizer = train.make_optimizer(model, kind, 5e-4)
     train.set_lr(optimizer, 0.1)
@@ -75,6 +78,7 @@ def test_biases_learn_at_twice_the_rate_and_do_not_decay(kind):
         is_bias = name.endswith('bias')
         assert group['lr'] == (0.2 if is_bias else 0.1), name
         assert group['weight_decay'] == (0 if is_bias else 5e-4), name
+        assert group.get('momentum') == momentum, name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,18 +261,82 @@ def test_resumed_run_equals_the_uninterrupted_one_in_every_bit(parameters, tmp_p
     assert_equal(a['optimizer'], b['optimizer'])
 
 
-def test_evaluations_while_training_are_in_its_precision(parameters, monkeypatch, small_network):
+def test_network_is_trained_and_evaluated_in_the_same_precision(parameters, monkeypatch):
+    class Recorder(SmallNetwork):
+        def forward(self, images):
+            outputs = super().forward(images)
+            dtypes.append(outputs[0].dtype)
+            return outputs
+
     def evaluate(test_loader, model, coco, autocast):
         with autocast:
-            dtypes.append(model(torch.zeros(1, 3, 300, 300))[0].dtype)
+            model(torch.zeros(1, 3, 300, 300))
         return {}, 0.5
 
+    monkeypatch.setitem(train.NETWORKS, 'ssd300', Recorder)
     monkeypatch.setattr(train, 'evaluate', evaluate)
     monkeypatch.setattr(TrainingLog, 'add_images', lambda *args: None)
     dtypes = []
     for precision in ('bf16', 'float32'):
         run(parameters, iterations=1, eval_every=1, precision=precision)
-    assert dtypes == [torch.bfloat16, torch.float32]
+    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+def test_rates_of_a_run_are_those_of_its_schedule(parameters, small_network, tmp_path):
+    run(parameters, iterations=4, warmup=2, decay_lr_at=(3,), print_freq=1)
+    rows = read_log(tmp_path / 'run' / 'checkpoint_log' / 'log.csv')
+    assert [row['rate'] for row in rows] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-4])
+    groups = load_checkpoint(parameters.checkpoint)['optimizer']['param_groups']
+    assert [group['lr'] for group in groups] == pytest.approx([1e-4, 2e-4])
+
+
+@pytest.mark.parametrize('augment, split', [(True, 'TRAIN'), (False, 'TEST')])
+def test_images_are_augmented_unless_that_is_off(parameters, small_network, monkeypatch, augment,
+                                                 split):
+    def transform(*args):
+        splits.append(args[4])
+        return utils.transform(*args)
+
+    monkeypatch.setattr(datasets, 'transform', transform)
+    splits = []
+    run(parameters, iterations=1, augment=augment)
+    assert splits == [split] * 2
+
+
+def test_cache_compilation_and_log_folder(parameters, small_network, monkeypatch, capsys, tmp_path):
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda f, dynamic: compiled.append(f) or f)
+    monkeypatch.setattr(datasets, 'read_or_postpone', None)     # the files are not read again
+    log_folder = tmp_path / 'new' / 'log'
+    run(parameters, iterations=1, cache=True, compile='on', log_folder=str(log_folder))
+    assert 'cache: 6 images' in capsys.readouterr().out
+    assert len(compiled) == 2, 'network and loss'
+    assert len(read_log(log_folder / 'log.csv')) == 1
+    assert not (tmp_path / 'run' / 'checkpoint_log').exists()
+
+
+def test_seed_is_that_of_weights_order_and_augmentation(parameters, small_network, monkeypatch):
+    class Recorder(train.ShuffledBatches):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seeds.append(self.seed)     # also that of the augmentation
+
+    monkeypatch.setattr(train, 'ShuffledBatches', Recorder)
+    seeds = []
+    for seed in (3, 5):
+        run(parameters, iterations=1, lr=0., seed=seed)
+        torch.manual_seed(seed)
+        assert_equal(load_checkpoint(parameters.checkpoint)['model'], SmallNetwork().state_dict())
+    assert seeds == [3, 5]
+
+
+def test_empty_test_list_trains_without_evaluations(parameters, small_network, capsys, tmp_path):
+    for name in ('TEST_images', 'TEST_objects'):
+        (tmp_path / 'lists' / f'{name}.json').write_text('[]')
+    run(parameters, eval_every=1)
+    out = capsys.readouterr().out
+    assert ' 0 to test on' in out and 'mAP' not in out
+    assert load_checkpoint(parameters.checkpoint)['iteration'] == 2
 
 
 def test_priors_for_coco_travel_with_the_checkpoint(parameters, monkeypatch, capsys):
@@ -337,24 +405,49 @@ def test_checkpoint_and_what_resumes_from_it(parameters, capsys, tmp_path):
     assert "['cat', 'dog']" in error and "['cat', 'horse']" in error
 
 
+def test_changes_that_affect_the_weights_are_noted(parameters, small_network, capsys, tmp_path):
+    run(parameters, iterations=1)
+    for name in ('images', 'objects'):
+        path = tmp_path / 'lists' / f'TRAIN_{name}.json'
+        path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+    capsys.readouterr()
+    run(parameters, resume=parameters.checkpoint, batch_size=1, lr=2e-3, weight_decay=0.25,
+        precision='bf16', decay_lr_at=(), warmup=0, seed=5, augment=False, print_freq=7, workers=1)
+    assert re.findall('note: (.*) now', capsys.readouterr().out) == [
+        'batch_size was 2 and is 1', 'lr was 0.001 and is 0.002',
+        'weight_decay was 0.0005 and is 0.25', 'precision was float32 and is bfloat16',
+        'decay_lr_at was (1,) and is ()', 'warmup was 2 and is 0', 'seed was 0 and is 5',
+        'augment was True and is False', 'n_images was 6 and is 5']
+
+
+def test_machines_that_find_different_checkpoints_are_refused(parameters, capsys, monkeypatch):
+    monkeypatch.setattr(train, 'all_gather', lambda path: [path, 'other.pth'])
+    error = error_of(capsys, parameters, resume='auto')
+    assert 'find different checkpoints; put --checkpoint into a folder that all' in error
+    assert not os.path.exists(parameters.checkpoint)
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_finishes_the_iteration_and_saves(parameters, capsys, small_network, number):
     log = pathlib.Path(parameters.checkpoint).parent / 'checkpoint_log' / 'log.csv'
+    is_over = threading.Event()
 
     def send_signal():
-        """Send it after the first of very many iterations."""
-        for _ in range(600):
-            if log.exists() and len(log.read_text().splitlines()) > 1:
-                break
-            time.sleep(0.05)
+        """Send it after the first of very many iterations, unless the run has failed."""
+        while not (log.exists() and len(log.read_text().splitlines()) > 1):
+            if is_over.wait(0.05):
+                return
         os.kill(os.getpid(), number)
 
-    sender = threading.Thread(target=send_signal)
+    sender = threading.Thread(target=send_signal, daemon=True)
     sender.start()
     handler = signal.getsignal(number)
-    with pytest.raises(SystemExit) as stop:
-        run(parameters, iterations=10_000, print_freq=1)
-    sender.join()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(parameters, iterations=10_000, print_freq=1)
+    finally:
+        is_over.set()
+        sender.join()
     assert stop.value.code == 1
     done = load_checkpoint(parameters.checkpoint)['iteration']
     assert 1 <= done < 10_000
@@ -472,6 +565,15 @@ def test_warnings_of_a_schedule_that_does_not_fit(parameters, capsys, small_netw
 def test_user_errors_are_reported_in_one_line(parameters, capsys, changes, words):
     error = error_of(capsys, parameters, **changes)
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize('network, size', [('ssd300', 300), ('ssd512', 512)])
+def test_shared_memory_is_checked_for_a_batch_of_both_loaders(parameters, monkeypatch, network,
+                                                              size):
+    calls = []
+    monkeypatch.setattr(train, 'check_shared_memory', lambda *args: calls.append(args))
+    train.check_parameters(dataclasses.replace(parameters, network=network, workers=3))
+    assert calls == [(3, (2 + 32) * 3 * size ** 2)]
 
 
 @pytest.mark.parametrize('workers', [0, 1])

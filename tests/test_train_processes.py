@@ -3,6 +3,7 @@
 They train the thin network of `tests/thin.py`.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -66,12 +67,20 @@ def start(words, folder):
                                      'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
 
 
+def kill(process):
+    """Kill a process and those that it has started: the ranks of torchrun would outlast it."""
+    for pid in child_processes(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.kill()
+
+
 def finish(process, folder, code=0, timeout=300 * KILLS):
     """Wait for a process to end; returns its output."""
     try:
         assert process.wait(timeout) == code, (folder / 'output').read_text()[-3000:]
     finally:
-        process.kill()
+        kill(process)
     return (folder / 'output').read_text()
 
 
@@ -80,10 +89,13 @@ def run(*words, folder, code=0, **options):
     return finish(start(command(*words, **options), folder), folder, code)
 
 
-def wait_for(condition, process, folder):
-    """Wait until a condition holds for a running process."""
+def wait_for(condition, process, folder, timeout=300):
+    """Wait until a condition holds for a running process, which is killed if it never does."""
+    deadline = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, (folder / 'output').read_text()[-2000:]
+        if process.poll() is not None or time.monotonic() > deadline:
+            kill(process)
+            raise AssertionError((folder / 'output').read_text()[-2000:])
         time.sleep(0.02)
 
 
@@ -91,6 +103,13 @@ def child_processes(pid):
     """Return the numbers of the processes that a process has started."""
     return [int(child) for path in pathlib.Path(f'/proc/{pid}/task').glob('*/children')
             for child in path.read_text().split()]
+
+
+def rank_1(process):
+    """Return the number of rank 1 of a torchrun."""
+    pid, = (pid for pid in child_processes(process.pid)
+            if '\0RANK=1\0' in pathlib.Path(f'/proc/{pid}/environ').read_text())
+    return pid
 
 
 def read_log(folder):
@@ -325,17 +344,32 @@ def test_ranks_normalize_their_own_images(folder):
     assert not all(torch.equal(two[name], one[name]) for name in weights)
 
 
+def test_ranks_evaluate_together_stop_at_a_signal_to_one_of_them_and_resume(folder):
+    words = command('--iterations', 6, '--eval-every', 2, '--cache', '--checkpoint', 'c.pth',
+                    '--resume', 'auto', ranks=2)
+    log = folder / 'c_log' / 'log.csv'
+    process = start(words, folder)
+    wait_for(lambda: log.exists() and any(row['mAP'] for row in read_log(log.parent)), process,
+             folder)
+    os.kill(rank_1(process), signal.SIGTERM)
+    out = finish(process, folder, code=1)
+    done = load_checkpoint(folder / 'c.pth')['iteration']
+    assert 2 <= done < 6 and f'{done} iterations, written to c.pth' in out
+    assert out.count('stopped; resume with the same command') == 1
+
+    out = finish(start(words, folder), folder)
+    assert f'iterations {done} to 6 of 2 images' in out and out.count('cache: 7 images') == 1
+    assert load_checkpoint(folder / 'c.pth')['iteration'] == 6
+    rows = read_log(log.parent)
+    assert [row['iteration'] for row in rows] == [str(i) for i in range(1, 7)]
+    assert [row['iteration'] for row in rows if row['mAP']] == ['2', '4', '6']
+
+
 def test_run_ends_if_one_rank_is_killed(folder):
     words = command('--iterations', 10_000, '--checkpoint', 'c.pth', ranks=2)
     process = start(words, folder)
-    try:
-        wait_for(lambda: ' 1/10000' in (folder / 'output').read_text(), process, folder)
-        for pid in child_processes(process.pid):
-            if '\0RANK=1\0' in pathlib.Path(f'/proc/{pid}/environ').read_text():
-                os.kill(pid, signal.SIGKILL)
-    except BaseException:
-        process.kill()
-        raise
+    wait_for(lambda: ' 1/10000' in (folder / 'output').read_text(), process, folder)
+    os.kill(rank_1(process), signal.SIGKILL)
     out = finish(process, folder, code=1, timeout=100)
     assert 'train.py: the other processes of this run cannot be reached' in out
     assert '--resume auto' in out

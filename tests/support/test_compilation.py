@@ -1,9 +1,14 @@
 """torch.compile, and what happens without a compiler. The compilers here are stand-ins."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 
-from support.compilation import compile_if_possible
+from model import MultiBoxLoss
+from support.compilation import compile_if_possible, compile_network_and_loss
+from thin import ThinSSD300
 
 
 @pytest.fixture
@@ -25,6 +30,19 @@ def test_working_compilation_is_used(monkeypatch, cpu):
     for choice in ('auto', 'off'):
         assert compile_if_possible(choice, cpu, (double,), tried.append) == (double,)
     assert tried == [3]
+
+
+def test_compiled_network_is_returned_and_the_loss_replaced_in_the_criterion(monkeypatch):
+    def compile_(function, dynamic):
+        compiled.append(copy.copy(function))
+        return compiled[-1]
+
+    monkeypatch.setattr(torch, 'compile', compile_)
+    compiled, network = [], ThinSSD300(3)
+    criterion = MultiBoxLoss(network.priors_cxcy)
+    result = compile_network_and_loss('on', network, criterion, contextlib.nullcontext(), 1, 300)
+    assert len(compiled) == 2 and result is compiled[0] and result is not network
+    assert criterion.compute_losses is compiled[1]
 
 
 def test_failing_compilation_prints_a_note_and_changes_nothing(capsys, monkeypatch, cpu):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import types
 
 import pytest
 import torch
@@ -89,13 +90,23 @@ def test_ten_skipped_steps_in_a_row_are_a_user_error(make_log):
             log.write_row(22, 0.5)
 
 
-def test_remaining_time_is_estimated_once(make_log, capsys):
+def test_speed_is_that_of_each_row_and_remaining_time_is_estimated_once(
+        make_log, monkeypatch, capsys):
+    seconds = 100.
+    clock = types.SimpleNamespace(perf_counter=lambda: seconds)
+    monkeypatch.setattr('support.training_log.time', clock)
     with make_log(end=60) as log:
         for iteration in range(1, 61):
             update(log, 1., 1.)
+            seconds += 0.5
             if iteration % 10 == 0:
                 log.write_row(iteration, 0.1)
-    assert capsys.readouterr().out.count('50 iterations: ') == 1
+                seconds += 1000     # an evaluation
+                log.restart_clock()
+    assert [row['images_per_s'] for row in log.rows] == [4] * 6
+    out = capsys.readouterr().out
+    assert '50 iterations: 4.0 images/s, 00:05 to go' in out
+    assert out.count('50 iterations: ') == 1
 
 
 def test_resumed_run_keeps_the_rows_up_to_its_start(make_log, tmp_path):
