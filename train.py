@@ -96,7 +96,7 @@ class Parameters:
     # File of the weights: for caffe, vgg16_reducedfc.pth of github.com/amdegroot/ssd.pytorch.
     weights: str | None = None
     # Batch normalization after each convolution of base and auxiliary layers, folded into them for
-    # detection. Give it with --no-pretrained: the network hardly learns from random weights
+    # detection. Give it with --no-pretrained: the network learns slowly from random weights
     # otherwise. With pretrained, the start is torchvision's VGG-16 with batch normalization. Mean
     # and variance are those of each micro-batch of each rank, so give these 8 images or more.
     batch_norm: bool = False

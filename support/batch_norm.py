@@ -1,6 +1,6 @@
 """Batch normalization for training, folded into the convolutions for detection.
 
-The paper's network has none, and hardly learns from random weights without it.
+The paper's network has none, and learns slowly from random weights without it.
 
 Running statistics are those of the batches before. Activations that are not finite would make them
 NaN for good, and checkpoints with them. As every layer's input is normalized, that takes weights
