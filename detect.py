@@ -280,15 +280,15 @@ def main(parameters):
     check_fractions(min_score=p.min_score, max_overlap=p.max_overlap)
     check_parameters(p.checkpoint, p.device, p.precision)
     limit_pixels(p.max_pixels)
+    model = load_model(p.checkpoint, p.device)
+    detector = Detector(model, p.batch_size or choose_batch_size(model),
+                        select_classes(model.label_map, p.classes, p.suppress),
+                        p.min_score, p.max_overlap, p.top_k, p.precision)
     inputs, problems = expand_inputs(p.inputs)
     outputs = choose_outputs(inputs, p.output) if inputs else []
     check_outputs(inputs, outputs + ([] if p.json is None else [pathlib.Path(p.json)]))
     if p.json is not None:
         make_folder(pathlib.Path(p.json).parent)
-    model = load_model(p.checkpoint, p.device)
-    detector = Detector(model, p.batch_size or choose_batch_size(model),
-                        select_classes(model.label_map, p.classes, p.suppress),
-                        p.min_score, p.max_overlap, p.top_k, p.precision)
     for problem in problems:
         print_error(problem)
 

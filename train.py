@@ -177,9 +177,9 @@ MUST_MATCH = ('batch_size', 'lr', 'weight_decay', 'precision', 'decay_lr_at', 'w
 def main(parameters):
     """Train as the parameters say, and write checkpoints."""
     p = parameters
-    log_folder = p.log_folder or sibling_path(p.checkpoint, '_log', keep_suffix=False)
     with process_group(p.device) as device:
         check_parameters(p)
+        log_folder = p.log_folder or sibling_path(p.checkpoint, '_log', keep_suffix=False)
         make_folder(log_folder)
         configure_gpu()
         dtype = choose_precision(p.precision, device)

@@ -241,7 +241,7 @@ def test_area_and_iscrowd_may_be_missing_and_annotations_too(export, make_coco, 
     del content['annotations']      # as in COCO's image_info_test-dev2017.json
     file.write_text(json.dumps(content))
     summary = write_coco_lists([], [export], tmp_path / 'lists')
-    assert summary['TEST'] == {'images': 4, 'images without objects, kept': 4}
+    assert summary['TEST'] == {'images': 4, 'objects': 0, 'images without objects, kept': 4}
 
 
 def test_lists_in_voc_layout_replace_those_of_coco(export, make_voc, tmp_path):
