@@ -330,8 +330,9 @@ def test_photo_remains_after_one_that_is_too_wide(visit, address, network, tmp_p
     page.set_input_files('#file', tmp_path / 'wide.png')
     wait_for(page, '#problem', 'the image is too wide for this browser')
     page.press('#min_score', 'ArrowRight')
-    wait_for(page, '#result', '480 × 640 pixels')
     expected, = predict([photo], min_score=0.22, model=network[0])
+    expect(page.locator('#objects tr')).to_have_count(len(expected['labels']), timeout=60_000)
+    wait_for(page, '#result', '480 × 640 pixels')
     assert_same(read_objects(page), expected)
 
 
