@@ -351,7 +351,9 @@ def make_optimizer(model, kind, weight_decay):
     if norms:
         groups.append({'params': norms, 'rate_factor': 1., 'weight_decay': 0.})
     if kind == 'adamw':
-        return torch.optim.AdamW(groups, fused=True)
+        # Squared gradients are averaged over some 100 steps (by default 1,000): the large ones
+        # of the start would slow down a short run.
+        return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
     optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, fused=True)
     # If the first step is skipped, because its gradients are not finite, a fused SGD leaves its
     # momentum uninitialized. Momentum of 0 becomes the gradient in the first step, as it should.

@@ -13,7 +13,7 @@ from support.processes import get_rank
 # Resuming a run
 # --------------------------------------------------------------------------------------------------
 
-# What a run is resumed from, and the tensors that each optimizer keeps per parameter
+# What a run is resumed from, and the tensors that each optimizer keeps per parameter.
 CONTENT = {'iteration': int, 'model': dict, 'optimizer': dict, 'label_map': dict,
            'parameters': dict}
 OPTIMIZER_STATE = {'sgd': {'momentum_buffer'}, 'adamw': {'step', 'exp_avg', 'exp_avg_sq'}}

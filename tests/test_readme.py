@@ -300,7 +300,7 @@ def test_numbers_in_sentences():
                        re.MULTILINE)
     n_objects = sum(int(objects) for objects, _ in table)
     n_detected = sum(int(objects) * float(recall) for objects, recall in table)
-    assert n_objects == 414
+    assert n_objects == 484
     assert f'finds {100 * n_detected / n_objects:.0f} % of the objects' in text
 
     maps = {feature_map.name: feature_map for feature_map in FEATURE_MAPS}

@@ -276,7 +276,7 @@ def draw_overlap(colors):
     for axes, title, lit in ((panels[0], f'intersection: {intersection:.0f}', intersection_box),
                              (panels[1], f'union: {union:.0f}', boxes)):
         axes.imshow(image, extent=(0, image.width, image.height, 0))
-        axes.set(xlim=(50, 151), ylim=(220, 126), title=title)
+        axes.set(xlim=(172, 283), ylim=(256, 153), title=title)
         axes.axis('off')
         shade = torch.full((image.height, image.width), 0.6)     # on all but the lit area
         for x_min, y_min, x_max, y_max in lit.int().tolist():
@@ -353,7 +353,7 @@ def draw_offsets(colors):
 
     figure, (left, right) = create_figure(4.3, 1, 2)
     show_example(left)
-    left.set(xlim=(0.53, 1.), ylim=(0.5, 0.03))         # the corner where they are
+    left.set(xlim=(0.22, 0.68), ylim=(0.87, 0.41))      # where they are
     draw_box(left, cxcy_to_xy(prior), SKY, 4, linestyle='--')
     draw_box(left, boxes[CIRCLE], ORANGE, 4)
     left.plot(*prior[:2].tolist(), 'o', color=SKY, markersize=9)
@@ -397,14 +397,17 @@ def draw_matching(colors):
     _, boxes, labels, _ = load_example()
     matched, overlap, _ = match(boxes, labels)
     priors = cxcy_to_xy(create_prior_boxes())
+    n_matched = int(matched[TRIANGLE].sum())
     figure = create_figure(9.6)[0]
     figure.clear()
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.06)
     upper, lower = figure.subfigures(2, 1, height_ratios=(3, 1.25))
-    upper.suptitle(f'the {int(matched[TRIANGLE].sum())} positive priors of the triangle, and their '
-                   'IoU', fontsize=16)
+    upper.suptitle(f'the {n_matched} positive priors of the triangle, and their IoU', fontsize=16)
     best_first = overlap[TRIANGLE].masked_fill(~matched[TRIANGLE], 0).argsort(descending=True)
-    for axes, prior in zip(upper.subplots(3, 4).flat, best_first.tolist()):
+    panels = upper.subplots(3, 5).flatten()
+    for axes in panels[n_matched:]:
+        axes.remove()
+    for axes, prior in zip(panels, best_first[:n_matched].tolist()):
         show_close_up(axes, boxes[TRIANGLE], 0.22)
         draw_box(axes, boxes[TRIANGLE], 'white', 2.5)
         name = name_map(prior)
@@ -492,9 +495,10 @@ def draw_augmentation(colors):
         'original': {}, 'brightness': {'colors': {'brightness': 32.}},
         'contrast': {'colors': {'contrast': 0.5}}, 'saturation': {'colors': {'saturation': 0.5}},
         'hue': {'colors': {'hue': -18.}}, 'flip': {'mirror': True},
-        'zoom-out × 2': {'window': (-230, -60, 410, 420)},
-        'zoom-out × 4': {'window': (-300, -620, 980, 340)}}
-    for window in ((60, 20, 300, 220), (180, 0, 300, 200), (40, 60, 240, 165), (55, 120, 155, 215)):
+        'zoom-out × 2': {'window': (-230, -60, 410, 480)},
+        'zoom-out × 4': {'window': (-300, -620, 980, 460)}}
+    for window in ((60, 20, 310, 250), (170, 20, 310, 260), (85, 90, 285, 190),
+                   (165, 145, 290, 255)):
         iou = find_jaccard_overlap(torch.tensor([window]).float(), tensors[0]).max()
         tiles[f'crop: IoU {iou:.2f}'] = {'window': window}
     figure, panels = create_figure(9.4, 4, 4)

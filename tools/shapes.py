@@ -2,8 +2,8 @@
 
     python -m tools.shapes --output-folder demo/shapes
 
-With it all scripts run on a machine without VOC. The shapes overlap; those that are mostly hidden
-are marked difficult. The same seed draws the same images.
+With it all scripts run on a machine without VOC. In every fifth image shapes may hide much of
+each other; those that are mostly hidden are marked difficult. The same seed draws the same images.
 """
 
 import dataclasses
@@ -35,7 +35,10 @@ class Parameters:
 
 SUPERSAMPLING = 4       # shapes are drawn this much larger and reduced, for smooth outlines
 DIFFICULT_BELOW = 0.5   # a shape is difficult if a smaller part of it is visible
-ANNOTATED_FROM = 0.15   # a shape is not annotated if a smaller part of it is visible
+# The part of each shape that is visible at least. Each image takes one of these at random, so in
+# every fifth of them shapes may hide much of each other.
+LEAST_VISIBLE = (0.2, 0.95, 0.95, 0.95, 0.95)
+PLACING_TRIES = 50      # for all shapes of an image together
 
 
 def regular_polygon(n_points, radii=(1.,)):
@@ -51,14 +54,15 @@ def regular_polygon(n_points, radii=(1.,)):
 # The corners of each class; a circle is a polygon with many.
 OUTLINES = {
     'circle': regular_polygon(60),
-    'square': [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
+    'square': [(-.95, -.95), (.95, -.95), (.95, .95), (-.95, .95)],
     'star': regular_polygon(10, radii=(1., .45)),
-    'triangle': regular_polygon(3),
+    'triangle': regular_polygon(3, radii=(1.15,)),
 }
 
 # The hue of each class in degrees, varied by up to HUE_SPREAD. Color is easy to learn: a network
-# trained from scratch on it detects objects long before it distinguishes outlines.
-HUES = {'circle': 0, 'square': 220, 'star': 55, 'triangle': 130}
+# trained from scratch on it detects objects long before it distinguishes outlines. The classes stay
+# apart when the augmentation changes the hue by up to 18 degrees.
+HUES = {'circle': 0, 'square': 270, 'star': 90, 'triangle': 180}
 HUE_SPREAD = 20
 
 
@@ -125,31 +129,38 @@ def write_annotation(path, image_name, size, objects):
 
 
 def draw_image(rng):
-    """Draw one image of 3 to 6 shapes; all randomness comes from `rng`, a `random.Random`.
+    """Draw one image of 4 to 6 shapes; all randomness comes from `rng`, a `random.Random`.
+
+    A shape that would hide too much of an earlier one is not drawn, and another one is tried. After
+    PLACING_TRIES the image has as many as there are.
 
     Returns:
         The PIL image, and its objects as a list of (name, box of the visible part, difficult,
         truncated), boxes as edges (x_min, y_min, x_max, y_max) in pixels.
     """
-    size = rng.choice(((320, 240), (300, 300), (240, 320)))
+    size = rng.choice(((320, 270), (300, 300), (270, 320)))
     image = draw_background(size, rng)
     names, visible_masks, areas = [], [], []
-    for _ in range(rng.randint(3, 6)):
+    n_shapes, least_visible = rng.randint(4, 6), rng.choice(LEAST_VISIBLE)
+    for _ in range(PLACING_TRIES):
         name = rng.choice(list(OUTLINES))
         mask = draw_mask(name, size, rng)
-        image.paste(draw_surface(name, size, rng), mask=mask)
         # A shape hides the parts of earlier shapes that it covers.
-        visible_masks = [ImageChops.subtract(earlier, mask) for earlier in visible_masks] + [mask]
+        remaining = [ImageChops.subtract(earlier, mask) for earlier in visible_masks]
+        if any(mask_area(part) < least_visible * area for part, area in zip(remaining, areas)):
+            continue
+        image.paste(draw_surface(name, size, rng), mask=mask)
+        visible_masks = [*remaining, mask]
         names.append(name)
         areas.append(mask_area(mask))
+        if len(names) == n_shapes:
+            break
 
     objects = []
     for name, mask, area in zip(names, visible_masks, areas):
-        visible_part = mask_area(mask) / area
         box = mask.point(lambda level: 255 * (level >= 128)).getbbox()
-        if visible_part >= ANNOTATED_FROM and box:
-            truncated = box[0] == 0 or box[1] == 0 or box[2] == size[0] or box[3] == size[1]
-            objects.append((name, box, visible_part < DIFFICULT_BELOW, truncated))
+        truncated = box[0] == 0 or box[1] == 0 or box[2] == size[0] or box[3] == size[1]
+        objects.append((name, box, mask_area(mask) / area < DIFFICULT_BELOW, truncated))
     return image, objects
 
 
@@ -176,9 +187,9 @@ def draw_texture(size, colors, rng):
 
 def draw_mask(name, size, rng):
     """Draw the mask of one shape of random size, tilt and position, its center in the image."""
-    radius = rng.uniform(0.11, 0.18) * min(size) * SUPERSAMPLING
-    stretch, tilt = rng.uniform(0.9, 1.1), math.radians(rng.uniform(-15, 15))
-    cx, cy = (rng.uniform(0.12, 0.88) * side * SUPERSAMPLING for side in size)
+    radius = rng.uniform(0.13, 0.17) * min(size) * SUPERSAMPLING
+    stretch, tilt = rng.uniform(0.95, 1.05), math.radians(rng.uniform(-15, 15))
+    cx, cy = (rng.uniform(0.15, 0.85) * side * SUPERSAMPLING for side in size)
     points = []
     for x, y in OUTLINES[name]:
         x, y = x * radius * stretch, y * radius / stretch

@@ -19,7 +19,7 @@ def test_example_is_the_image_of_the_demo(tmp_path):
     objects = parse_annotation(tmp_path / 'Annotations' / f'{name}.xml', example.LABEL_MAP)
     image, boxes, labels, difficulties = example.load_example()
     assert torch.equal(image, expected)
-    assert torch.allclose(boxes * torch.tensor([320, 240, 320, 240]),
+    assert torch.allclose(boxes * torch.tensor([320, 270, 320, 270]),
                           torch.tensor(objects['boxes']))
     assert labels.tolist() == objects['labels'] == [3, 4, 3, 1]
     assert difficulties.tolist() == [True, False, False, False]

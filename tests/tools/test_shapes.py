@@ -56,6 +56,20 @@ def test_images_vary_as_a_detection_data_set_should():
             assert 0 <= x_min < x_max <= image.width and 0 <= y_min < y_max <= image.height
 
 
+@pytest.mark.parametrize('least_visible, some_hidden', [(0.2, True), (0.95, False)])
+def test_shapes_hide_no_more_of_each_other_than_allowed(least_visible, some_hidden, monkeypatch):
+    monkeypatch.setattr(shapes, 'LEAST_VISIBLE', (least_visible,))
+    drawn = [shapes.draw_image(random.Random(seed))[1] for seed in range(40)]
+    assert {len(objects) for objects in drawn} == {4, 5, 6}
+    assert any(difficult for objects in drawn for _, _, difficult, _ in objects) == some_hidden
+
+
+def test_image_without_room_for_more_shapes_has_fewer(monkeypatch):
+    monkeypatch.setattr(shapes, 'LEAST_VISIBLE', (1,))
+    monkeypatch.setattr(shapes, 'draw_mask', lambda name, size, rng: Image.new('L', size, 255))
+    assert len(shapes.draw_image(random.Random(0))[1]) == 1
+
+
 @pytest.mark.parametrize('box, area', [((0, 0, 10, 4), 40), ((3, 3, 3, 3), 0)])
 def test_mask_area_counts_pixels(box, area):
     mask = Image.new('L', (20, 10))
