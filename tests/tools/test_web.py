@@ -28,7 +28,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from torchvision.transforms.functional import pil_to_tensor
 
-from detect import predict
+import detect
 from model import SSD300
 from support.errors import UserError
 from thin import ThinSSD300
@@ -36,6 +36,8 @@ from tools import export, web
 from utils import distinct_colors, to_rgb, warp
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# As the page does; by default a processor with bf16 instructions uses them.
+predict = functools.partial(detect.predict, precision='float32')
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 FLAGS = ['--no-sandbox', '--disable-quic', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync']
