@@ -90,7 +90,7 @@ def find_hard(scores, true_classes):
 
 @functools.cache
 def draw_example():
-    """Draw the image: a PIL image that equals the JPEG file of the demo, and its objects."""
+    """Draw the image: a PIL image that equals a JPEG file of the demo, and its objects."""
     image, objects = draw_image(random.Random(f'{SEED} {NUMBER}'))
     content = io.BytesIO()
     image.save(content, 'jpeg', quality=90)
@@ -107,7 +107,7 @@ def to_tensors(objects):
 
 @functools.cache
 def load_example():
-    """Return an item of the demo's data set: image (3, 300, 300), boxes, labels, difficulties."""
+    """Return an item like the demo's: image (3, 300, 300), boxes, labels, difficulties."""
     image, objects = draw_example()
     return transform(image, *to_tensors(objects), 'TEST')
 

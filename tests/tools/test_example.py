@@ -11,7 +11,7 @@ from tools.shapes import draw_split
 from utils import label_map, parse_annotation, pil_to_tensor, warp
 
 
-def test_example_is_the_image_of_the_demo(tmp_path):
+def test_example_is_drawn_like_the_images_of_the_demo(tmp_path):
     draw_split(tmp_path, 'test', [example.NUMBER], example.SEED)
     name = f'{example.NUMBER:06d}'
     with example.Image.open(tmp_path / 'JPEGImages' / f'{name}.jpg') as image:
