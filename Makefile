@@ -30,8 +30,8 @@ demo: setup
 	$(BIN)/python create_data_lists.py --train demo/shapes:trainval --test demo/shapes:test \
 		--output-folder demo/data
 	$(KEEP_MEMORY) $(BIN)/python train.py --data-folder demo/data --no-pretrained \
-		--batch-norm --optimizer adamw --lr 6e-4 --batch-size 8 --iterations 160 --warmup 20 \
-		--decay-lr-at 100 --print-freq 10 --eval-every 80 \
+		--batch-norm --optimizer adamw --lr 4e-4 --batch-size 8 --iterations 140 --warmup 10 \
+		--decay-lr-at 100 --print-freq 10 --eval-every 70 \
 		--checkpoint demo/checkpoint.pth.tar
 	$(BIN)/python eval.py --data-folder demo/data --checkpoint demo/checkpoint.pth.tar \
 		--batch-size 8

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_checkpoint_is_loaded_as_the_network_of_the_paper(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pretrained weights and the optimizer
+# Initial weights, pretrained weights and the optimizer
 # --------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +125,29 @@ def test_features_equal_those_of_torchvisions_vgg_with_batch_normalization(monke
     assert torch.equal(base.conv7.weight[1, :, 0, 0], state['classifier.3.weight'][4, ::4])
     feats = torch.randn(1, 1024, 2, 2)
     torch.testing.assert_close(base.conv7.norm(feats), feats, rtol=1e-4, atol=1e-4)
+
+
+def test_prediction_convolutions_start_at_a_tenth():
+    network = ThinSSD300(3)
+    before = {name: weight.clone() for name, weight in network.named_parameters()}
+    add_batch_norm(network)
+    for name, weight in before.items():
+        scale = 0.1 if name.startswith('pred_convs.') else 1
+        assert torch.equal(network.get_parameter(name), scale * weight)
+
+
+def test_initial_loss_is_little_more_than_that_of_scores_of_zero():
+    # With Xavier's weights it is 24.5: the hard negatives of an object are those of the highest
+    # scores, three for each of its positives.
+    torch.manual_seed(0)
+    network = SSD300(5)
+    add_batch_norm(network)
+    with torch.no_grad():
+        locs, scores = network(torch.randn(2, 3, 300, 300))
+    criterion = MultiBoxLoss(network.priors_cxcy)
+    boxes, labels = torch.tensor([[[0.2, 0.2, 0.5, 0.6]]] * 2), torch.tensor([[1], [2]])
+    criterion(locs, scores, boxes, labels)
+    assert 1 < criterion.conf_loss.item() / (4 * math.log(5)) < 1.3
 
 
 @pytest.mark.parametrize('kind', ['sgd', 'adamw'])
