@@ -12,7 +12,7 @@ from torch import nn
 EPSILON = 1e-5  # added to the variance
 # Of the initial weights of the prediction convolutions. At Xavier's size the scores of normalized
 # features differ by several units from the start, and hard negative mining picks the highest of
-# 8,732 priors: the loss starts nearly three times as high, and the first steps only undo that.
+# thousands: the loss starts nearly three times as high, and the first steps only undo that.
 PREDICTION_SCALE = 0.1
 # Tensors of a BatchNorm2d that its output depends on.
 NORM_TENSORS = ('weight', 'bias', 'running_mean', 'running_var')
